@@ -1,0 +1,1 @@
+"""Drivers: blocking, thread-safe implementations of ``ObjectStore``. An SDK never leaves its module."""

@@ -1,0 +1,138 @@
+"""Commands that talk to a running mount: ``umount``, ``status``, ``flush``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swampfs import registry
+from swampfs.cli.mount import seconds
+from swampfs.errors import NotMountedError, SwampfsError
+from swampfs.fuse import session
+
+_ANSWER_S = 10.0
+_EXIT_S = 15.0
+
+
+def _where(text: str) -> Path:
+    """Absolute path with links resolved up to, not through, the last component."""
+    head, tail = os.path.split(os.path.abspath(text))
+    return Path(os.path.realpath(head)) / tail if tail else Path(head)
+
+
+def _ask(registration: registry.Registration, message: dict[str, Any], timeout_s: float = _ANSWER_S) -> dict[str, Any]:
+    """Send a request; an error in the answer ends the command with the mount's words and exit code."""
+    answer = registry.request(registration, message, timeout_s)
+    if "error" in answer:
+        click.echo(f"swampfs: {answer['error']}", err=True)
+        sys.exit(int(str(answer.get("exitCode", 2))))
+    return answer
+
+
+@click.command()
+@click.argument("mountpoint")
+@click.option("--timeout", callback=seconds, default="60s", show_default=True, help="Longest to wait for pushes.")
+@click.option("--lazy", is_flag=True, help="Unmount whatever is pending or open; the journal keeps it.")
+def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
+    """Push what is pending, then unmount.
+
+    \b
+    Example: swampfs umount ~/repo/.swamp
+    """
+    path = _where(mountpoint)
+    if session.is_stale(str(path)):
+        session.clear_stale(str(path))
+        click.echo(f"cleared the mount a dead process left at {path}; mount it again to push what is journaled")
+        return
+    registration = registry.find(os.environ, path)
+    if Path(registration.mountpoint) != path:
+        raise NotMountedError(f"{path} is inside the mount at {registration.mountpoint}", remedy="name that directory")
+    if not lazy:
+        _ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+    session.unmount(str(path), lazy=lazy)
+    _wait_for_exit(registration.pid)
+
+
+def _wait_for_exit(pid: int) -> None:
+    """The state directory is free for the next mount when this returns."""
+    until = time.monotonic() + _EXIT_S
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        except PermissionError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.02)
+    raise SwampfsError(f"unmounted, but process {pid} has not ended yet")
+
+
+@click.command()
+@click.argument("mountpoint", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
+def status(mountpoint: str | None, as_json: bool) -> None:
+    """Show the health of a mount: backend, sizes, what is pending, last error.
+
+    \b
+    Example: swampfs status --json ~/repo/.swamp
+    """
+    answer = _ask(_pick(mountpoint), {"cmd": "status"})
+    if as_json:
+        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+        return
+    health = "healthy" if answer["healthy"] else f"NOT HEALTHY: {answer['lastError']}"
+    age = answer["refreshAgeMs"]
+    click.echo(f"{answer['source']} at {answer['mountpoint']} — {health}")
+    click.echo(f"  files      {answer['files']} ({answer['bytes']} bytes), {answer['hydrated']} on this machine")
+    click.echo(f"  to push    {answer['dirty']}" + (f", such as {answer['pending'][0]}" if answer["pending"] else ""))
+    click.echo(f"  refreshed  {'never' if age is None else f'{age / 1000:.1f} s ago'}")
+    if answer["conflicts"]:
+        click.echo(f"  conflicts  {answer['conflicts']} kept in {answer['stateDir']}/state/conflicts")
+    for finding in answer["findings"][:10]:
+        click.echo(f"  finding    {finding['path']!r}: {finding['detail']}")
+
+
+def _pick(mountpoint: str | None) -> registry.Registration:
+    if mountpoint is not None:
+        return registry.find(os.environ, _where(mountpoint))
+    try:
+        return registry.find(os.environ, Path.cwd())
+    except NotMountedError:
+        found = registry.registrations(os.environ)
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise NotMountedError("nothing is mounted") from None
+        names = ", ".join(registration.mountpoint for registration in found)
+        raise NotMountedError(f"{len(found)} datastores are mounted", remedy=f"name one of {names}") from None
+
+
+@click.command()
+@click.argument("paths", nargs=-1)
+@click.option("--timeout", callback=seconds, default="60s", show_default=True, help="Longest to wait.")
+def flush(paths: tuple[str, ...], timeout: float) -> None:
+    """Return when the given paths (default: the whole mount here) are committed remotely.
+
+    \b
+    Example: swampfs flush ~/repo/.swamp/data
+    """
+    if not paths:
+        _ask(_pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+        return
+    by_mount: dict[registry.Registration, list[str]] = {}
+    for text in paths:
+        path = _where(text)
+        registration = registry.find(os.environ, path)
+        relative = os.path.relpath(path, registration.mountpoint)
+        by_mount.setdefault(registration, []).append("" if relative == "." else relative)
+    for registration, relatives in by_mount.items():
+        _ask(registration, {"cmd": "flush", "paths": relatives, "timeout": timeout}, timeout + _ANSWER_S)

@@ -1,0 +1,54 @@
+"""``swampfs``: the command group, and the one line every failure ends with."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from swampfs import __version__
+from swampfs.cli.control import flush, status, umount
+from swampfs.cli.mount import mount
+from swampfs.errors import EXIT_USAGE, SwampfsError
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and their exit code; click's own usage errors become 1."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.Exit as done:
+            sys.exit(done.exit_code)
+        except click.Abort:
+            sys.exit(130)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(EXIT_USAGE)
+        except SwampfsError as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            click.echo(f"swampfs: {error.line()}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
+def main(debug: bool) -> None:
+    """A swamp datastore as a file system.
+
+    \b
+    Example: swampfs mount s3://ops-runtime/team ~/repo/.swamp
+    """
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"swampfs {__version__}")
+
+
+for command in (mount, umount, status, flush):
+    main.add_command(command)

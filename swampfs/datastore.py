@@ -1,0 +1,65 @@
+"""A datastore from its source: driver + trace + retry + index + locks, composed in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+from swampfs.backends.filesystem import FilesystemStore
+from swampfs.backends.retry import RetryingStore
+from swampfs.backends.s3 import S3Store
+from swampfs.backends.trace import TracingStore
+from swampfs.names import Keyspace
+from swampfs.provider import ObjectStore, RemoteIndex
+from swampfs.settings import Backend, Source
+from swampfs.sync.listing import ListingIndex
+from swampfs.sync.locks import Lock, Sighting, prove_preconditions
+from swampfs.sync.object_index import ObjectIndex
+from swampfs.sync.remote import Remote
+from swampfs.threads import Threads
+
+_SIGHTINGS = 4096  # locks of others whose movement we remember at once
+_LOCK_PATIENCE_S = 5.0  # a held model lock is asked for again by the next push
+
+
+@dataclass(frozen=True, slots=True)
+class Datastore:
+    """What a sync service needs of one datastore."""
+
+    remote: Remote
+    keys: Keyspace
+    index: RemoteIndex
+    trace: TracingStore
+    make_lock: Callable[[str], Lock]
+    prove: Callable[[], Awaitable[None]] | None
+
+
+def open_datastore(
+    source: Source, threads: Threads, *, trace_file: str | None = None, directory: str | None = None
+) -> Datastore:
+    """Build the stack for a source. No request is made.
+
+    ``directory`` replaces a file-system source's path when that has been mounted over.
+    Raises SettingsError or CredentialsError.
+    """
+    driver: ObjectStore
+    keys = Keyspace(source.prefix, source.namespace)
+    if source.backend is Backend.FILESYSTEM:
+        driver = FilesystemStore(directory or source.directory)
+    else:
+        driver = S3Store(source)
+    trace = TracingStore(driver, trace_file)
+    remote = Remote(RetryingStore(trace), threads)
+    is_plain = source.backend is Backend.FILESYSTEM
+    index: RemoteIndex = ListingIndex(remote, keys) if is_plain else ObjectIndex(remote, keys)
+    sightings: LRUCache[str, Sighting] = LRUCache(_SIGHTINGS)
+
+    def make_lock(key: str) -> Lock:
+        return Lock(remote, key, max_wait_s=_LOCK_PATIENCE_S, trust_pids=is_plain, sightings=sightings)
+
+    async def prove() -> None:
+        await prove_preconditions(remote, keys.data("_control/swampfs/precondition-probe"))
+
+    return Datastore(remote, keys, index, trace, make_lock, None if is_plain else prove)

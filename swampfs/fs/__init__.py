@@ -1,0 +1,1 @@
+"""The file system without pyfuse3: testable without a kernel."""

@@ -1,0 +1,90 @@
+"""What ``stat`` answers, for nodes of both tiers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from swampfs.errors import FileError
+from swampfs.records import Node, Residency
+
+LOCAL_BASE = 1 << 48
+"""Inodes of the local tier are this plus the inode beneath; catalog inodes stay below it."""
+
+
+class Attributes(NamedTuple):
+    ino: int
+    mode: int  # with the file type
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int  # of 512 bytes
+    mtime_ns: int
+    ctime_ns: int
+    atime_ns: int
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+class Owner(NamedTuple):
+    uid: int
+    gid: int
+
+
+def of_node(node: Node, owner: Owner, *, nlink: int = 1) -> Attributes:
+    """Attributes of a catalog node. ``blocks`` is 0 for content that is not here, so that ``du`` shows what is."""
+    kind = stat.S_IFDIR if node.is_dir else stat.S_IFREG
+    return Attributes(
+        ino=node.ino,
+        mode=kind | node.mode,
+        nlink=nlink,
+        uid=owner.uid if node.uid < 0 else node.uid,
+        gid=owner.gid if node.gid < 0 else node.gid,
+        size=node.size,
+        blocks=0 if node.residency is Residency.STUB else -(-node.size // 512),
+        mtime_ns=node.mtime_ns,
+        ctime_ns=node.ctime_ns,
+        atime_ns=node.mtime_ns,
+    )
+
+
+def of_stat(found: os.stat_result, ino: int) -> Attributes:
+    """Attributes of a file of this machine, shown under ``ino``."""
+    return Attributes(
+        ino=ino,
+        mode=found.st_mode,
+        nlink=found.st_nlink,
+        uid=found.st_uid,
+        gid=found.st_gid,
+        size=found.st_size,
+        blocks=found.st_blocks,
+        mtime_ns=found.st_mtime_ns,
+        ctime_ns=found.st_ctime_ns,
+        atime_ns=found.st_atime_ns,
+    )
+
+
+class Change(NamedTuple):
+    """What a ``setattr`` asks for; ``None`` = leave alone."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    mtime_ns: int | None = None
+    atime_ns: int | None = None
+
+
+def fail(number: int, what: str = "") -> FileError:
+    """The error a system call shall end with."""
+    return FileError(number, what)
+
+
+def stale(ino: int) -> FileError:
+    """The kernel holds an inode that is gone; ESTALE makes it look the name up again."""
+    return FileError(errno.ESTALE, f"inode {ino}")

@@ -1,0 +1,253 @@
+"""Open files: handles, reads, writes, and the moment a file becomes dirty.
+
+A warm ``open``, ``read`` or ``write`` is a system call on this machine's disk, on the loop, with no thread and no
+request. The journal announces a path before its first byte changes; size and time of a file that is being written
+come from the file itself and reach the catalog at the last close.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, Owner, fail, of_node, stale
+from swampfs.fs.inodes import Inodes
+from swampfs.fs.localtier import LocalTier
+from swampfs.names import RelPath, is_scratch
+from swampfs.records import Kind, Node, Residency
+from swampfs.sync.service import SyncService
+from swampfs.threads import Lane
+
+_WRITING = os.O_WRONLY | os.O_RDWR
+
+
+@dataclass(slots=True)
+class Handle:
+    """One ``open``."""
+
+    fd: int
+    ino: int
+    writable: bool
+
+
+@dataclass(slots=True)
+class OpenFile:
+    """All handles of one datastore inode."""
+
+    path: RelPath | None  # None: it lost its name
+    readers: int = 0
+    writers: list[int] = field(default_factory=list)  # descriptors
+    changed: bool = False
+
+
+class Files:
+    """The table of handles. ``on_dirty`` is told each path that a push should soon look at."""
+
+    def __init__(
+        self,
+        sync: SyncService,
+        local: LocalTier,
+        inodes: Inodes,
+        owner: Owner,
+        on_dirty: Callable[[RelPath], None],
+    ) -> None:
+        self._sync = sync
+        self._local = local
+        self._inodes = inodes
+        self._owner = owner
+        self._on_dirty = on_dirty
+        self._handles: dict[int, Handle] = {}
+        self._open: dict[int, OpenFile] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def is_being_written(self, path: str) -> bool:
+        """Whether a push must wait for a close."""
+        node = self._sync.catalog.at(path)
+        file = self._open.get(node.ino) if node else None
+        return file is not None and bool(file.writers)
+
+    # --- opening ------------------------------------------------------------------------------------------
+
+    async def open(self, ino: int, flags: int) -> int:
+        """Open by inode; hydrates what is not local. Returns a handle number.
+
+        Raises FileError and what :meth:`SyncService.hydrate_file` raises.
+        """
+        if ino >= LOCAL_BASE and ino not in self._inodes.orphans:
+            return self._handle(self._local.open(ino, flags), ino, flags)
+        orphan = self._inodes.orphans.get(ino)
+        if orphan is not None:
+            return await self._open_orphan(ino, flags)
+        node = self._sync.catalog.node(ino)
+        if node is None:
+            raise stale(ino)
+        if node.is_dir:
+            raise fail(errno.EISDIR, node.path)
+        if flags & os.O_TRUNC and flags & _WRITING:
+            self.truncate(node, 0)
+        elif node.residency is Residency.STUB:
+            node = await self._hydrated(node)
+        fd = self._sync.cache.open(node.path, flags & (os.O_ACCMODE | os.O_APPEND))
+        return self._track(fd, node, flags)
+
+    async def _hydrated(self, node: Node) -> Node:
+        while node.residency is Residency.STUB:
+            await self._sync.hydrate_file(node.path)
+            again = self._sync.catalog.node(node.ino)  # anything may have happened while we waited
+            if again is None:
+                raise stale(node.ino)
+            node = again
+        return node
+
+    async def _open_orphan(self, ino: int, flags: int) -> int:
+        orphan = self._inodes.orphans[ino]
+        if orphan.content is None:
+            if orphan.node.base is None:
+                raise stale(ino)
+            orphan.content = await self._sync.hydrator.fetch_aside(orphan.node.base)
+        fd = os.open(orphan.content, (flags & (os.O_ACCMODE | os.O_APPEND)) | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return self._handle(fd, ino, flags)
+
+    def create(self, node: Node, flags: int) -> int:
+        """Handle of a file the tree has just made: announce it, then make its bytes."""
+        self._announce(node)
+        fd = self._sync.cache.create(node.path)
+        if flags & os.O_APPEND:
+            os.close(fd)
+            fd = self._sync.cache.open(node.path, os.O_RDWR | os.O_APPEND)
+        return self._track(fd, node, flags | os.O_RDWR)
+
+    def create_local(self, rel: RelPath, flags: int, mode: int) -> tuple[int, Attributes]:
+        fd, attributes = self._local.create(rel, flags, mode)
+        return self._handle(fd, attributes.ino, flags), attributes
+
+    def _track(self, fd: int, node: Node, flags: int) -> int:
+        file = self._open.setdefault(node.ino, OpenFile(node.path))
+        if flags & _WRITING:
+            file.writers.append(fd)
+        else:
+            file.readers += 1
+        return self._handle(fd, node.ino, flags)
+
+    def _handle(self, fd: int, ino: int, flags: int) -> int:
+        number = self._next
+        self._next += 1
+        self._handles[number] = Handle(fd, ino, bool(flags & _WRITING))
+        return number
+
+    # --- bytes --------------------------------------------------------------------------------------------
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        return os.pread(self._handles[number].fd, size, offset)
+
+    def write(self, number: int, offset: int, data: bytes) -> int:
+        handle = self._handles[number]
+        file = self._open.get(handle.ino)
+        if file is not None and file.path is not None:
+            self._about_to_change(handle.ino, file)
+        view, done = memoryview(data), 0
+        while done < len(data):
+            done += os.pwrite(handle.fd, view[done:], offset + done)
+        return done
+
+    def truncate(self, node: Node, size: int) -> None:
+        """Change a file's length; its content must be local unless the length is 0."""
+        file = self._open.get(node.ino) or OpenFile(node.path)
+        self._about_to_change(node.ino, file)
+        if node.residency is Residency.STUB:
+            os.close(self._sync.cache.create(node.path))
+        else:
+            os.truncate(self._sync.cache.path(node.path), size)
+        self._sync.catalog.set_content(node.ino, size, time.time_ns(), Residency.DIRTY)
+        self._on_dirty(node.path)
+
+    async def make_local(self, node: Node) -> Node:
+        """Content on this machine, whatever it takes."""
+        return await self._hydrated(node)
+
+    async def fsync(self, number: int) -> None:
+        """Bytes and journal survive a power cut on return. The journal first: bytes without a mark are nobody's."""
+        fd = self._handles[number].fd
+        self._sync.journal.sync()
+        await self._sync.remote.threads.write(Lane.DISK, os.fsync, fd)
+
+    def release(self, number: int) -> None:
+        handle = self._handles.pop(number)
+        file = self._open.get(handle.ino)
+        if file is not None:
+            if handle.writable and handle.fd in file.writers:
+                self._record(handle.ino, file, handle.fd)
+                file.writers.remove(handle.fd)
+            else:
+                file.readers -= 1
+            if not file.writers and file.readers <= 0:
+                del self._open[handle.ino]
+        os.close(handle.fd)
+
+    # --- names --------------------------------------------------------------------------------------------
+
+    def renamed(self, source: RelPath, target: RelPath) -> None:
+        """The tree moved a file or a directory: open files follow."""
+        for file in self._open.values():
+            if file.path is not None and (file.path == source or file.path.startswith(source + "/")):
+                file.path = RelPath(target + file.path[len(source) :])
+
+    def lost_name(self, ino: int) -> None:
+        file = self._open.get(ino)
+        if file is not None:
+            file.path = None
+
+    def is_open(self, ino: int) -> bool:
+        return ino in self._open
+
+    def attributes(self, node: Node) -> Attributes:
+        """Attributes, with size and time from the file itself while it is being written."""
+        attributes = of_node(node, self._owner)
+        file = self._open.get(node.ino)
+        if file is None or not file.writers:
+            return attributes
+        found = os.fstat(file.writers[0])
+        return attributes._replace(size=found.st_size, blocks=found.st_blocks, mtime_ns=found.st_mtime_ns)
+
+    def fstat(self, ino: int) -> os.stat_result | None:
+        """Of a nameless inode that is open."""
+        for handle in self._handles.values():
+            if handle.ino == ino:
+                return os.fstat(handle.fd)
+        return None
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _about_to_change(self, ino: int, file: OpenFile) -> None:
+        if file.path is None or (file.changed and self._sync.journal.is_announced(file.path)):
+            return
+        if file.changed and is_scratch(file.path):
+            return
+        node = self._sync.catalog.node(ino)
+        if node is not None:
+            self._announce(node)
+        file.changed = True
+
+    def _announce(self, node: Node) -> None:
+        self._sync.mark_dirty(node)
+        if node.residency is not Residency.DIRTY:
+            self._sync.catalog.set_residency(node.ino, Residency.DIRTY)
+        self._on_dirty(node.path)
+
+    def _record(self, ino: int, file: OpenFile, fd: int) -> None:
+        """A writer closes: what it left is the file's size and time."""
+        if file.path is None:
+            return
+        node = self._sync.catalog.node(ino)
+        found = os.fstat(fd)
+        if node is None or node.kind is not Kind.FILE or node.residency is not Residency.DIRTY:
+            return
+        if (node.size, node.mtime_ns) != (found.st_size, found.st_mtime_ns):
+            self._sync.catalog.set_content(ino, found.st_size, found.st_mtime_ns, Residency.DIRTY)
+        self._on_dirty(file.path)

@@ -1,0 +1,234 @@
+"""Names of the datastore tier: every operation that changes the tree, in the order that survives a crash.
+
+Journal first, then files, then catalog (``docs/architecture.md``): replay can finish whatever was begun, and an
+operation that was not acknowledged may as well not have happened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from swampfs.fs.attributes import Change, fail, stale
+from swampfs.fs.files import Files
+from swampfs.fs.inodes import Inodes, Orphan
+from swampfs.names import RelPath, check_name, is_scratch, join, rel_path
+from swampfs.records import DirtyPath, Kind, Node, Op, Residency
+from swampfs.sync.parallel import for_each
+from swampfs.sync.service import SyncService
+
+_HYDRATE_AT_ONCE = 32
+
+
+class Tree:
+    """Directory operations on catalog nodes. Raises FileError, HostileNameError and sync errors."""
+
+    def __init__(self, sync: SyncService, files: Files, inodes: Inodes, on_dirty: Callable[[RelPath], None]) -> None:
+        self._sync = sync
+        self._catalog = sync.catalog
+        self._files = files
+        self._inodes = inodes
+        self._on_dirty = on_dirty
+
+    def directory(self, ino: int) -> Node:
+        node = self._catalog.node(ino)
+        if node is None:
+            raise stale(ino)
+        if not node.is_dir:
+            raise fail(errno.ENOTDIR, node.path)
+        return node
+
+    def child_path(self, parent: Node, name: str) -> RelPath:
+        """Checked path of a name that may be created."""
+        check_name(name)
+        return rel_path(join(parent.path, name))
+
+    def existing(self, parent: Node, name: str) -> Node:
+        node = self._catalog.child(parent.ino, name)
+        if node is None:
+            raise fail(errno.ENOENT, name)
+        return node
+
+    # --- making -------------------------------------------------------------------------------------------
+
+    def mkdir(self, parent: Node, name: str, mode: int, owner: tuple[int, int]) -> Node:
+        path = self.child_path(parent, name)
+        if self._catalog.child(parent.ino, name) is not None:
+            raise fail(errno.EEXIST, path)
+        with self._catalog.transaction():
+            return self._catalog.add(path, Kind.DIRECTORY, mode=mode & 0o7777, owner=owner, residency=Residency.CLEAN)
+
+    def create(self, parent: Node, name: str, mode: int, owner: tuple[int, int]) -> Node:
+        """A new, empty file; its bytes are made by :meth:`Files.create`."""
+        path = self.child_path(parent, name)
+        if self._catalog.child(parent.ino, name) is not None:
+            raise fail(errno.EEXIST, path)
+        pending = self._sync.journal.get(path)
+        with self._catalog.transaction():
+            self._catalog.add(path, Kind.FILE, mode=mode & 0o7777, owner=owner)
+            if pending is not None:
+                # Removed and made again before the removal was pushed: a change of the published file.
+                self._catalog.adopt_base(path, pending.base, pending.partition)
+        node = self._catalog.at(path)
+        assert node is not None
+        return node
+
+    # --- removing -----------------------------------------------------------------------------------------
+
+    def unlink(self, parent: Node, name: str) -> Node:
+        node = self.existing(parent, name)
+        if node.is_dir:
+            raise fail(errno.EISDIR, node.path)
+        self._sync.mark_deleted(node)
+        self._unname(node)
+        self._sync.cache.remove(node.path)
+        self._catalog.remove(node)
+        if node.path in self._sync.journal:
+            self._on_dirty(node.path)
+        return node
+
+    def rmdir(self, parent: Node, name: str) -> Node:
+        node = self.existing(parent, name)
+        if not node.is_dir:
+            raise fail(errno.ENOTDIR, node.path)
+        if self._catalog.has_children(node.ino):
+            raise fail(errno.ENOTEMPTY, node.path)
+        self._sync.cache.remove_dir(node.path)
+        self._catalog.remove(node)
+        return node
+
+    def _unname(self, node: Node) -> None:
+        """The node loses its name; while the kernel holds the inode, its content stays reachable."""
+        self._files.lost_name(node.ino)
+        if self._inodes.is_held(node.ino):
+            content = self._sync.cache.orphan(node.path, node.ino)
+            self._inodes.orphans[node.ino] = Orphan(node, content)
+
+    # --- renaming -----------------------------------------------------------------------------------------
+
+    async def rename(self, parent: Node, name: str, new_parent: Node, new_name: str, *, replace: bool) -> RelPath:
+        """POSIX rename within the datastore tier. Returns the new path.
+
+        What moves must be local, because only content that is here can be published under the new name.
+        """
+        while True:
+            node = self.existing(parent, name)
+            target = self.child_path(new_parent, new_name)
+            over = self._catalog.child(new_parent.ino, new_name)
+            if over is not None and over.ino == node.ino:
+                return target
+            self._check_rename(node, target, over, replace)
+            stubs = [file for file in self._catalog.files_below(node.path) if file.residency is Residency.STUB]
+            if not stubs:
+                break
+            errors = await for_each(stubs, self._files.make_local, at_once=_HYDRATE_AT_ONCE)
+            if errors:
+                raise errors[0]
+        self._move(node, target, over)
+        return target
+
+    def _check_rename(self, node: Node, target: RelPath, over: Node | None, replace: bool) -> None:
+        if node.is_dir and (target + "/").startswith(node.path + "/"):
+            raise fail(errno.EINVAL, f"{node.path} → {target}")
+        if over is None:
+            return
+        if not replace:
+            raise fail(errno.EEXIST, target)
+        if node.is_dir and not over.is_dir:
+            raise fail(errno.ENOTDIR, target)
+        if over.is_dir and not node.is_dir:
+            raise fail(errno.EISDIR, target)
+        if over.is_dir and self._catalog.has_children(over.ino):
+            raise fail(errno.ENOTEMPTY, target)
+
+    def _move(self, node: Node, target: RelPath, over: Node | None) -> None:
+        moves = []
+        for file in self._catalog.files_below(node.path):
+            moved = RelPath(target + file.path[len(node.path) :])
+            old = DirtyPath(file.path, Op.DELETE, 0, file.base, file.partition)
+            base, partition = (over.base, over.partition) if over and not over.is_dir else (None, None)
+            new = None if is_scratch(moved) else DirtyPath(moved, Op.WRITE, 0, base, partition)
+            moves.append((old, new))
+        self._sync.sidecar.mark_bulk()
+        intent = self._sync.journal.mark_rename(node.path, target, moves)
+        if over is not None and not over.is_dir:
+            if is_scratch(target):
+                self._sync.mark_deleted(over)
+            self._unname(over)
+        self._sync.cache.rename(node.path, target)
+        with self._catalog.transaction():
+            if over is not None:
+                self._catalog.remove(over)
+            self._catalog.move(node, target)
+            self._catalog.unpublish(target)
+            for _, new in moves:
+                if new is not None:
+                    pending = self._sync.journal.get(new.path)
+                    if pending is not None and pending.base is not None:
+                        self._catalog.adopt_base(new.path, pending.base, pending.partition)
+        self._sync.journal.settle(intent)
+        self._files.renamed(node.path, target)
+        for old, new in moves:
+            self._on_dirty(old.path)
+            if new is not None:
+                self._on_dirty(new.path)
+
+    # --- attributes ---------------------------------------------------------------------------------------
+
+    async def setattr(self, node: Node, change: Change) -> None:
+        if change.size is not None:
+            if node.is_dir:
+                raise fail(errno.EISDIR, node.path)
+            if change.size > 0:
+                node = await self._files.make_local(node)
+            self._files.truncate(node, change.size)
+        if change.mtime_ns is not None and not node.is_dir and self._sync.cache.stat(node.path) is not None:
+            # The file carries the time too: it is what a push reads and what replay trusts.
+            os.utime(self._sync.cache.path(node.path), ns=(change.mtime_ns, change.mtime_ns))
+        self._catalog.set_attributes(
+            node.ino,
+            mode=None if change.mode is None else change.mode & 0o7777,
+            uid=change.uid,
+            gid=change.gid,
+            mtime_ns=change.mtime_ns,
+        )
+
+    # --- across tiers -------------------------------------------------------------------------------------
+
+    async def surrender(self, node: Node, take: Callable[[str], None], alias: str) -> None:
+        """A datastore file is renamed to a local name: hand its content to ``take`` and forget it here."""
+        if node.is_dir:
+            raise fail(errno.EXDEV, node.path)
+        node = await self._files.make_local(node)
+        self._sync.mark_deleted(node)
+        take(self._sync.cache.path(node.path))
+        self._catalog.remove(node)
+        self._files.lost_name(node.ino)
+        self._inodes.orphans[node.ino] = Orphan(node, alias, owned=False)
+        self._on_dirty(node.path)
+
+    def adopt(self, content: str, parent: Node, name: str) -> Node:
+        """A local file is renamed to a datastore name: its content becomes a new, dirty file there."""
+        path = self.child_path(parent, name)
+        over = self._catalog.child(parent.ino, name)
+        if over is not None and over.is_dir:
+            raise fail(errno.EISDIR, path)
+        found = os.stat(content)
+        staged = self._sync.cache.stage()
+        try:
+            os.rename(content, staged)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise fail(errno.EXDEV, path) from None
+            raise
+        if over is not None:
+            self._sync.mark_dirty(over)
+            self._unname(over)
+            self._catalog.remove(over)
+        node = self.create(parent, name, found.st_mode, (-1, -1))
+        self._sync.mark_dirty(node)
+        self._sync.cache.admit(staged, path, found.st_mtime_ns)
+        self._catalog.set_content(node.ino, found.st_size, found.st_mtime_ns, Residency.DIRTY)
+        self._on_dirty(path)
+        return node

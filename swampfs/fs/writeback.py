@@ -1,0 +1,149 @@
+"""Write-back: a debounced push per model, and waiting for it.
+
+Every change restarts its group's delay, up to a limit, so that a burst becomes one push. A group is a model (pushed
+under its lock) or, for paths outside any model, everything else. A push that fails is repeated with growing pauses;
+what it would publish is in the journal all the while.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import trio
+
+from swampfs.errors import PushPendingError, SwampfsError
+from swampfs.names import ModelRef, RelPath, is_publishable, model_of
+from swampfs.records import PushReport
+from swampfs.sync.service import SyncService
+
+log = logging.getLogger(__name__)
+
+Group = ModelRef | None
+
+_LONGEST_DEBOUNCE = 10  # times the delay: a file appended to for ever is still published
+_FIRST_BACKOFF_S = 1.0
+_LAST_BACKOFF_S = 30.0
+_FLUSH_RETRY_S = 0.2
+
+
+class Writeback:
+    """The push task. ``touch`` is called by the file system, ``flush`` by the control socket and unmount."""
+
+    def __init__(self, sync: SyncService, is_open: Callable[[str], bool], delay_s: float) -> None:
+        self._sync = sync
+        self._is_open = is_open
+        self._delay_s = delay_s
+        self._due: dict[Group, float] = {}
+        self._first: dict[Group, float] = {}
+        self._wake = trio.Event()
+        self._round = 0  # pushes completed
+        self._round_done = trio.Event()
+        self.last_error: str | None = None
+        self.conflicts = 0
+        self.waiting_for: tuple[ModelRef, ...] = ()
+
+    def touch(self, path: RelPath) -> None:
+        """A change of this path is in the journal."""
+        if not is_publishable(path):
+            return
+        now = time.monotonic()
+        group = model_of(path)
+        first = self._first.setdefault(group, now)
+        self._due[group] = min(now + self._delay_s, first + self._delay_s * _LONGEST_DEBOUNCE)
+        self._wake.set()
+
+    def touch_all(self) -> None:
+        """Everything in the journal is due: after a replay."""
+        for path in self._sync.journal:
+            self.touch(RelPath(path))
+
+    def pending(self) -> list[str]:
+        """Journaled paths that will be published."""
+        return sorted(path for path in self._sync.journal if is_publishable(path))
+
+    async def run(self) -> None:
+        """Push what is due, for ever."""
+        backoff = _FIRST_BACKOFF_S
+        while True:
+            await self._sleep_until_due()
+            now = time.monotonic()
+            groups = {group for group, due in self._due.items() if due <= now}
+            for group in groups:
+                self._due.pop(group, None)
+                self._first.pop(group, None)
+            try:
+                report = await self._push(groups)
+            except (SwampfsError, OSError) as error:
+                self.last_error = error.line() if isinstance(error, SwampfsError) else str(error)
+                log.info("push failed, retrying in %.0f s: %s", backoff, error)
+                self._again(groups, backoff)
+                backoff = min(backoff * 2, _LAST_BACKOFF_S)
+            else:
+                backoff = _FIRST_BACKOFF_S
+                self.last_error = None
+                self.conflicts += len(report.conflicts)
+                self.waiting_for = report.waiting
+                self._again(set(report.waiting), _FIRST_BACKOFF_S)
+                self._again({model_of(path) for path in report.open_files}, self._delay_s)
+            self._round += 1
+            self._round_done.set()
+            self._round_done = trio.Event()
+
+    async def flush(self, paths: Iterable[str] | None, timeout_s: float) -> None:
+        """Return when the given paths (files or directories; ``None`` = all) are committed.
+
+        Raises PushPendingError with the last error when they are not within the time, or are still open for writing.
+        """
+        wanted = None if paths is None else list(paths)
+        with trio.move_on_after(timeout_s) as scope:
+            while left := self._left(wanted):
+                done = self._round_done
+                for path in left:
+                    self._due[model_of(path)] = 0.0
+                self._wake.set()
+                await done.wait()
+                left = self._left(wanted)
+                if left and all(self._is_open(path) for path in left):
+                    raise PushPendingError(
+                        f"{len(left)} file(s) are still open for writing, among them {left[0]}",
+                        remedy="close them and flush again",
+                    )
+                if left:
+                    await trio.sleep(_FLUSH_RETRY_S)
+        if scope.cancelled_caught:
+            left = self._left(wanted)
+            why = f": {self.last_error}" if self.last_error else ""
+            raise PushPendingError(f"{len(left)} change(s) are not pushed after {timeout_s:g} s{why}")
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _left(self, wanted: list[str] | None) -> list[str]:
+        pending = self.pending()
+        if wanted is None:
+            return pending
+        return [path for path in pending if any(w in ("", path) or path.startswith(w + "/") for w in wanted)]
+
+    def _again(self, groups: Iterable[Group], after_s: float) -> None:
+        due = time.monotonic() + after_s
+        for group in groups:
+            self._due.setdefault(group, due)
+        self._wake.set()
+
+    async def _sleep_until_due(self) -> None:
+        while True:
+            now = time.monotonic()
+            if self._due and min(self._due.values()) <= now:
+                return
+            self._wake = trio.Event()
+            pause = min(self._due.values()) - now if self._due else float("inf")
+            with trio.move_on_after(pause):
+                await self._wake.wait()
+
+    async def _push(self, groups: set[Group]) -> PushReport:
+        paths = [path for path in self.pending() if model_of(path) in groups]
+        if not paths:
+            return PushReport()
+        models = {model for path in paths if (model := model_of(path)) is not None}
+        return await self._sync.push_changed(paths, models, self._is_open)

@@ -1,0 +1,281 @@
+"""pyfuse3 handlers: bytes and flags to names and values, errors to errno, and a deadline on whatever may wait.
+
+Thin on purpose; what an operation means is in :mod:`swampfs.fs`.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import pyfuse3
+import trio
+from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, RequestContext
+
+from swampfs.errors import SwampfsError
+from swampfs.fs.attributes import Attributes, Change
+from swampfs.fs.vfs import FileSystem
+
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+# Exact invalidation makes long timeouts safe (architecture §4).
+CACHE_S = 3600.0
+_BLOCK = 4096
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise FUSEError(errno.EILSEQ) from None
+
+
+def _handler(fn: F) -> F:
+    """One mapper for every handler: our errors and the system's become errno; a bug becomes EIO and is logged."""
+
+    @functools.wraps(fn)
+    async def handle(*args: Any) -> Any:
+        try:
+            return await fn(*args)
+        except FUSEError:
+            raise
+        except (SwampfsError, OSError) as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s failed", fn.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return cast(F, handle)
+
+
+def _bounded(fn: F) -> F:
+    """For handlers that may wait: past the deadline the caller gets ETIMEDOUT (it could not be interrupted)."""
+
+    @functools.wraps(fn)
+    async def handle(self: Operations, *args: Any) -> Any:
+        with trio.move_on_after(self.timeout_s):
+            return await fn(self, *args)
+        raise FUSEError(errno.ETIMEDOUT)
+
+    return _handler(cast(F, handle))
+
+
+class Operations(pyfuse3.Operations):
+    """Adapter from the kernel to one :class:`FileSystem`."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, fs: FileSystem, timeout_s: float) -> None:
+        super().__init__()
+        self._fs = fs
+        self.timeout_s = timeout_s
+
+    # --- looking ------------------------------------------------------------------------------------------
+
+    @_handler
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        found = self._fs.lookup(parent_inode, _text(name))
+        if found is None:
+            negative = pyfuse3.EntryAttributes()
+            negative.st_ino = 0
+            negative.entry_timeout = CACHE_S
+            return negative
+        return _entry(found)
+
+    @_handler
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        return _entry(self._fs.getattr(inode))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self._fs.forget(inode, count)
+
+    @_handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return inode
+
+    @_handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for name, attributes in self._fs.readdir(fh, start_id):
+            if not pyfuse3.readdir_reply(token, name.encode(), _entry(attributes), attributes.ino):
+                return
+            self._fs.inodes.looked_up(attributes.ino)
+
+    @_handler
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return os.fsencode(self._fs.readlink(inode))
+
+    @_handler
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        totals, disk = self._fs.sync.catalog.totals(), self._fs.sync.cache.free_bytes()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = _BLOCK
+        # The datastore has no end; what bounds new content is the room left on this machine.
+        free = disk.f_bavail * disk.f_frsize // _BLOCK
+        data.f_blocks = -(-totals["bytes"] // _BLOCK) + free
+        data.f_bfree = data.f_bavail = free
+        data.f_files = totals["files"] + disk.f_favail
+        data.f_ffree = data.f_favail = disk.f_favail
+        data.f_namemax = 255
+        return data
+
+    # --- names --------------------------------------------------------------------------------------------
+
+    @_handler
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        mode_after = mode & ~ctx.umask
+        return _entry(self._fs.mkdir(parent_inode, _text(name), mode_after, (ctx.uid, ctx.gid)))
+
+    @_handler
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        mode_after = mode & ~ctx.umask
+        number, found = self._fs.create(parent_inode, _text(name), mode_after, flags, (ctx.uid, ctx.gid))
+        return _file_info(number), _entry(found)
+
+    @_handler
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if not stat.S_ISREG(mode):
+            raise FUSEError(errno.EPERM)  # devices, pipes and sockets have no place in a datastore
+        flags = os.O_RDWR | os.O_EXCL
+        number, found = self._fs.create(parent_inode, _text(name), mode & ~ctx.umask, flags, (ctx.uid, ctx.gid))
+        self._fs.files.release(number)
+        return _entry(found)
+
+    @_handler
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return _entry(self._fs.symlink(parent_inode, _text(name), os.fsdecode(target)))
+
+    @_handler
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise FUSEError(errno.EPERM)  # an object has one name; EPERM is what link(2) says of such a file system
+
+    @_handler
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._fs.unlink(parent_inode, _text(name))
+
+    @_handler
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._fs.rmdir(parent_inode, _text(name))
+
+    @_bounded
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        if flags & pyfuse3.RENAME_EXCHANGE:
+            raise FUSEError(errno.EINVAL)
+        replace = not flags & pyfuse3.RENAME_NOREPLACE
+        await self._fs.rename(parent_inode_old, _text(name_old), parent_inode_new, _text(name_new), replace=replace)
+
+    @_bounded
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        change = Change(
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+        )
+        return _entry(await self._fs.setattr(inode, change))
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    @_bounded
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        return _file_info(await self._fs.open(inode, flags))
+
+    @_handler
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self._fs.files.read(fh, off, size)
+
+    @_handler
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return self._fs.files.write(fh, off, buf)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
+
+    @_bounded
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self._fs.files.fsync(fh)
+
+    @_handler
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        self._fs.sync.journal.sync()
+
+    @_handler
+    async def release(self, fh: FileHandleT) -> None:
+        self._fs.files.release(fh)
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        pass
+
+    # --- extended attributes: answered ENOSYS once, then the kernel never asks again (architecture §7) ----
+
+    async def getxattr(self, inode: InodeT, name: Any, ctx: RequestContext) -> bytes:
+        raise FUSEError(errno.ENOSYS)
+
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[Any]:
+        raise FUSEError(errno.ENOSYS)
+
+    async def setxattr(self, inode: InodeT, name: Any, value: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.ENOSYS)
+
+    async def removexattr(self, inode: InodeT, name: Any, ctx: RequestContext) -> None:
+        raise FUSEError(errno.ENOSYS)
+
+
+def _entry(found: Attributes) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = found.ino
+    entry.generation = 0  # inode numbers are never reused
+    entry.entry_timeout = CACHE_S
+    entry.attr_timeout = CACHE_S
+    entry.st_mode = found.mode
+    entry.st_nlink = found.nlink
+    entry.st_uid = found.uid
+    entry.st_gid = found.gid
+    entry.st_rdev = 0
+    entry.st_size = found.size
+    entry.st_blksize = _BLOCK
+    entry.st_blocks = found.blocks
+    entry.st_mtime_ns = found.mtime_ns
+    entry.st_ctime_ns = found.ctime_ns
+    entry.st_atime_ns = found.atime_ns
+    return entry
+
+
+def _file_info(number: int) -> pyfuse3.FileInfo:
+    # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
+    return pyfuse3.FileInfo(fh=number, keep_cache=True)

@@ -1,0 +1,126 @@
+"""Mounting, serving and unmounting; telling the kernel what it must forget."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+
+import pyfuse3
+import trio
+
+from swampfs.errors import MountError
+from swampfs.fs.vfs import FileSystem
+from swampfs.fuse.operations import Operations
+from swampfs.records import TreeChange
+from swampfs.settings import MountSettings
+from swampfs.threads import Lane, Threads
+
+_MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
+
+
+def mount(fs: FileSystem, settings: MountSettings) -> None:
+    """Attach to the mount point. From here on the kernel queues requests; :func:`serve` answers them.
+
+    Raises MountError.
+    """
+    if not os.path.exists("/dev/fuse"):
+        raise MountError("there is no /dev/fuse", remedy="install fuse3, or load the kernel's fuse module")
+    options = set(pyfuse3.default_options)
+    options |= {f"fsname={settings.source.url}", "subtype=swampfs", "default_permissions"}
+    if os.geteuid() == 0:
+        options |= {"nosuid", "nodev"}  # fusermount3 adds them for everybody else
+    if settings.allow_other:
+        options.add("allow_other")
+    elif settings.allow_root:
+        options.add("allow_root")
+    if settings.read_only:
+        options.add("ro")
+    try:
+        pyfuse3.init(Operations(fs, settings.timeout_s), str(settings.mountpoint), options)
+    except RuntimeError as error:
+        raise MountError(
+            f"{settings.mountpoint} could not be mounted: {error}",
+            remedy="see the line above from fusermount3; check that fuse3 is installed and you may use it",
+        ) from None
+
+
+async def serve() -> None:
+    """Answer the kernel until it is unmounted or the task is cancelled."""
+    await pyfuse3.main(max_tasks=_MAX_TASKS)
+
+
+def detach() -> None:
+    """End the session and unmount, if there is one."""
+    with contextlib.suppress(RuntimeError):  # never attached
+        pyfuse3.close(unmount=True)
+
+
+class Invalidator:
+    """Tells the kernel about changes, from a queue and in a thread.
+
+    A notification can block until a handler has answered, and that handler may be waiting for the very task that
+    found the change; so whoever reports a change never waits for the kernel.
+    """
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._queue: list[TreeChange] = []
+        self._wake = trio.Event()
+
+    def __call__(self, changes: list[TreeChange]) -> None:
+        self._queue.extend(changes)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Deliver, for ever. Start it once the kernel is attached."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            batch, self._queue = self._queue, []
+            await self._threads.read(Lane.KERNEL, _invalidate, batch)
+
+
+def _invalidate(changes: list[TreeChange]) -> None:
+    for change in changes:
+        with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
+            if change.name:
+                pyfuse3.invalidate_entry(change.parent, change.name.encode())
+        if change.ino:
+            with contextlib.suppress(FileNotFoundError):
+                pyfuse3.invalidate_inode(change.ino, attr_only=not change.content)
+
+
+def is_stale(mountpoint: str) -> bool:
+    """Whether a crashed mount still covers the directory."""
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Ask the kernel to detach a mount, as root or through fusermount3.
+
+    Raises MountError with the tool's reason, such as open files.
+    """
+    if os.geteuid() == 0:
+        command = ["umount", *(["-l"] if lazy else []), mountpoint]
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), mountpoint]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MountError(f"{mountpoint} could not be unmounted: {error}") from None
+    if done.returncode != 0:
+        raise MountError(
+            f"{mountpoint} could not be unmounted: {done.stderr.strip() or command[0]}",
+            remedy="close what uses it (`fuser -vm` lists it), or pass --lazy",
+        )
+
+
+def clear_stale(mountpoint: str) -> None:
+    """Remove what a crashed mount left. Raises MountError."""
+    unmount(mountpoint, lazy=True)

@@ -1,0 +1,307 @@
+"""The composition root: settings in, a running mount out.
+
+Start: own the state directory → reach the local tier before it is covered → open the datastore → first poll, replay
+and proof → attach to the kernel → serve. Stop: push what is pending while still serving, then detach.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from swampfs import __version__, registry
+from swampfs.control import Control
+from swampfs.datastore import Datastore, open_datastore
+from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
+from swampfs.fs.attributes import Owner
+from swampfs.fs.localtier import LocalTier
+from swampfs.fs.refresh import Refresh
+from swampfs.fs.vfs import FileSystem
+from swampfs.fs.writeback import Writeback
+from swampfs.fuse import session
+from swampfs.names import RelPath, rel_path
+from swampfs.settings import Backend, MountSettings
+from swampfs.sync.service import SyncService
+from swampfs.threads import Threads
+
+log = logging.getLogger(__name__)
+
+_UNMOUNT_FLUSH_S = 60.0
+
+
+def lock_state_dir(directory: Path) -> int:
+    """Own a state directory for the life of this process. Returns the descriptor that holds it.
+
+    Raises StateBusyError, or SettingsError if the directory cannot be made.
+    """
+    try:
+        (directory / "state").mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(directory, 0o700)
+        fd = os.open(directory / "state" / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SettingsError(
+            f"the state directory {directory} cannot be used: {error.strerror}", remedy="pass another --state-dir"
+        ) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise StateBusyError(f"the state directory {directory} is in use by process {owner}") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def check_mountpoint(settings: MountSettings) -> None:
+    """Refuse a mount point that would hide somebody's files (``design/cli.md`` §2)."""
+    mountpoint = settings.mountpoint
+    own = settings.repo is not None and mountpoint == settings.repo.mountpoint
+    if session.is_stale(str(mountpoint)):
+        log.info("clearing the mount a dead process left at %s", mountpoint)
+        session.clear_stale(str(mountpoint))
+    if own:
+        mountpoint.mkdir(mode=0o755, exist_ok=True)
+    if os.path.ismount(mountpoint):
+        raise MountError(f"{mountpoint} is already a mount point", remedy="unmount it first")
+    try:
+        inside = os.listdir(mountpoint)
+    except FileNotFoundError:
+        raise MountError(f"the mount point {mountpoint} does not exist", remedy="create the directory") from None
+    except NotADirectoryError:
+        raise MountError(f"the mount point {mountpoint} is not a directory") from None
+    except OSError as error:
+        raise MountError(f"the mount point {mountpoint} cannot be read: {error.strerror}") from None
+    if inside and not own:
+        raise MountError(
+            f"the mount point {mountpoint} is not empty",
+            remedy="mount on an empty directory, or on a repo's own .swamp",
+        )
+
+
+@dataclass(slots=True)
+class Mount:
+    """The parts of a running mount that commands and signals reach."""
+
+    settings: MountSettings
+    datastore: Datastore
+    sync: SyncService
+    fs: FileSystem
+    writeback: Writeback
+    refresh: Refresh
+    started_at: float
+    stop: trio.Event
+
+    def status(self) -> dict[str, Any]:
+        """``status --json``; from memory and the local catalog only."""
+        totals = self.sync.catalog.totals()
+        pending = self.writeback.pending()
+        watermark = self.sync.catalog.watermark()
+        error = self.refresh.last_error or self.writeback.last_error
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "mountpoint": str(self.settings.mountpoint),
+            "source": self.settings.source.url,
+            "namespace": self.settings.source.namespace or None,
+            "stateDir": str(self.settings.state_dir),
+            "readOnly": self.settings.read_only,
+            "healthy": error is None,
+            "backend": self.settings.source.backend.value,
+            "index": {"mode": watermark.mode.value, "commitSeq": watermark.commit_seq},
+            "latencyMs": self.datastore.trace.last_latency_ms,
+            "requests": dict(self.datastore.trace.counts),
+            "files": totals["files"],
+            "bytes": totals["bytes"],
+            "hydrated": totals["clean"] + totals["dirty"],
+            "dirty": len(pending),
+            "pending": pending[:100],
+            "locks": [str(model) for model in self.writeback.waiting_for],
+            "conflicts": len(self.sync.cache.conflicts()),
+            "findings": [finding._asdict() for finding in self.sync.catalog.findings()[:100]],
+            "openFiles": len(self.fs.files),
+            "lastError": error,
+            "refreshAgeMs": self.refresh.age_ms(),
+            "uptimeS": round(time.monotonic() - self.started_at, 1),
+        }
+
+    def commands(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
+        async def status(_: Mapping[str, Any]) -> dict[str, Any]:
+            return self.status()
+
+        async def flush(message: Mapping[str, Any]) -> dict[str, Any]:
+            paths = message.get("paths")
+            wanted = None if paths is None else [rel_path(path) if path else RelPath("") for path in paths]
+            await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
+            return {"pending": len(self.writeback.pending())}
+
+        async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:
+            await self.refresh.once()
+            return {"refreshAgeMs": self.refresh.age_ms(), "lastError": self.refresh.last_error}
+
+        return {"status": status, "flush": flush, "refresh": refresh}
+
+
+async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callable[[], None]) -> None:
+    """Mount and serve until unmounted or told to stop. ``on_ready`` is called once requests are served.
+
+    Raises whatever kept the mount from starting; after ``on_ready`` only bugs.
+    """
+    check_mountpoint(settings)
+    state_lock = lock_state_dir(settings.state_dir)
+    beneath = _local_root(settings)
+    try:
+        failure: list[Exception] = []
+        async with trio.open_nursery() as nursery:
+            try:
+                await _start(settings, env, beneath, nursery, on_ready)
+            except Exception as error:  # re-raised below: the nursery would wrap it in a group
+                failure.append(error)
+            nursery.cancel_scope.cancel()
+        session.detach()  # after the tasks that use it
+        if failure:
+            raise failure[0]
+    finally:
+        os.close(beneath)
+        os.close(state_lock)
+
+
+def _local_root(settings: MountSettings) -> int:
+    """The directory of the local tier, opened before it is mounted over."""
+    if settings.repo is not None and settings.mountpoint == settings.repo.mountpoint:
+        directory = settings.mountpoint
+    else:
+        directory = settings.state_dir / "local"
+        directory.mkdir(mode=0o700, exist_ok=True)
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+async def _start(
+    settings: MountSettings,
+    env: Mapping[str, str],
+    beneath: int,
+    nursery: trio.Nursery,
+    on_ready: Callable[[], None],
+) -> None:
+    threads = Threads()
+    own = settings.source.backend is Backend.FILESYSTEM and settings.source.directory == str(settings.mountpoint)
+    datastore = open_datastore(
+        settings.source,
+        threads,
+        trace_file=settings.trace_file,
+        directory=f"/proc/self/fd/{beneath}" if own else None,
+    )
+    sync = SyncService(
+        datastore.remote,
+        datastore.keys,
+        datastore.index,
+        str(settings.state_dir),
+        make_lock=datastore.make_lock,
+        prove=datastore.prove,
+        start_soon=nursery.start_soon,
+        timeout_s=settings.timeout_s,
+        lock_timeout_s=settings.lock_timeout_s,
+    )
+    try:
+        pending = await sync.open(writable=not settings.read_only)
+        if pending:
+            log.info("replayed the journal: %d change(s) to push", pending)
+        mount = _compose(settings, datastore, sync, beneath, nursery)
+        await _serve(mount, env, nursery, on_ready)
+    finally:
+        sync.close()
+
+
+def _compose(
+    settings: MountSettings,
+    datastore: Datastore,
+    sync: SyncService,
+    beneath: int,
+    nursery: trio.Nursery,
+) -> Mount:
+    """Join the parts and attach to the kernel."""
+    invalidator = session.Invalidator(datastore.remote.threads)
+    sync.on_changes = invalidator
+    touched: list[Callable[[RelPath], None]] = []
+    fs = FileSystem(
+        sync,
+        LocalTier(f"/proc/self/fd/{beneath}", settings.tiers),
+        owner=Owner(settings.uid, settings.gid),
+        read_only=settings.read_only,
+        on_dirty=lambda path: touched[0](path),  # noqa: PLW0108 - known only below
+        invalidate=invalidator,
+    )
+    writeback = Writeback(sync, fs.files.is_being_written, settings.push_delay_s)
+    touched.append(writeback.touch)
+    refresh = Refresh(sync, settings.refresh_s)
+    session.mount(fs, settings)
+    nursery.start_soon(invalidator.run)
+    nursery.start_soon(refresh.run)
+    if not settings.read_only:
+        writeback.touch_all()
+        nursery.start_soon(writeback.run)
+    return Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event())
+
+
+async def _serve(mount: Mount, env: Mapping[str, str], nursery: trio.Nursery, on_ready: Callable[[], None]) -> None:
+    """Serve the kernel and the control socket until one of them ends the mount."""
+    settings = mount.settings
+    socket_path = registry.socket_path(env, settings.mountpoint)
+    listener = registry.listen(socket_path)
+    record = registry.register(
+        env,
+        registry.Registration(
+            str(settings.mountpoint), os.getpid(), settings.source.url, str(settings.state_dir), str(socket_path)
+        ),
+    )
+
+    async def serve_kernel() -> None:
+        await session.serve()
+        mount.stop.set()  # unmounted from outside
+
+    try:
+        nursery.start_soon(Control(listener, mount.commands()).run)
+        nursery.start_soon(_signals, mount)
+        nursery.start_soon(serve_kernel)
+        on_ready()
+        await mount.stop.wait()
+    finally:
+        record.unlink(missing_ok=True)
+        socket_path.unlink(missing_ok=True)
+        listener.close()
+
+
+async def _signals(mount: Mount) -> None:
+    """SIGTERM/SIGINT: push, then unmount; again: leave the rest to the journal. SIGHUP: refresh."""
+    stopping = trio.CancelScope()
+
+    async def finish() -> None:
+        with stopping:
+            try:
+                await mount.writeback.flush(None, _UNMOUNT_FLUSH_S)
+            except PushPendingError as error:
+                log.info("unmounting with changes pending: %s", error.line())
+        mount.stop.set()
+
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) as received:
+            ending = False
+            async for number in received:
+                if number == signal.SIGHUP:
+                    mount.refresh.soon()
+                elif number == signal.SIGUSR1:
+                    log.info("state: %s", mount.status())
+                elif ending:
+                    stopping.cancel()
+                else:
+                    ending = True
+                    nursery.start_soon(finish)

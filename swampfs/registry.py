@@ -1,0 +1,120 @@
+"""Which mounts run on this machine, for the commands that talk to them.
+
+``<user data dir>/swampfs/run/<digest of mount point>.json`` names the process and its control socket beside it.
+Sockets are addressed through ``/proc/self/fd`` because a socket path may have only 107 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from swampfs.errors import NotMountedError
+from swampfs.settings import user_data_dir
+
+
+class Registration(NamedTuple):
+    """One running mount."""
+
+    mountpoint: str
+    pid: int
+    source: str
+    state_dir: str
+    socket: str  # path
+
+
+def _digest(mountpoint: Path) -> str:
+    return hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:20]
+
+
+def run_dir(env: Mapping[str, str]) -> Path:
+    directory = user_data_dir(env) / "swampfs" / "run"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return directory
+
+
+def socket_path(env: Mapping[str, str], mountpoint: Path) -> Path:
+    return run_dir(env) / f"{_digest(mountpoint)}.sock"
+
+
+def register(env: Mapping[str, str], registration: Registration) -> Path:
+    """Write the record of a mount; returns its path, to be removed at unmount."""
+    path = run_dir(env) / f"{_digest(Path(registration.mountpoint))}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(registration._asdict()), encoding="utf-8")
+    temporary.rename(path)
+    return path
+
+
+def registrations(env: Mapping[str, str]) -> list[Registration]:
+    found = []
+    for path in sorted(run_dir(env).glob("*.json")):
+        try:
+            found.append(Registration(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue  # being written or removed right now
+    return found
+
+
+def find(env: Mapping[str, str], path: Path) -> Registration:
+    """The mount at or above a path. Raises NotMountedError."""
+    candidates = [r for r in registrations(env) if Path(r.mountpoint) in (path, *path.parents)]
+    if not candidates:
+        raise NotMountedError(f"no swampfs mount at {path}")
+    return max(candidates, key=lambda r: len(r.mountpoint))
+
+
+@contextmanager
+def short_socket_path(path: Path) -> Iterator[str]:
+    """An address for a socket of any path length."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening control socket, mode 0600, replacing one left by a dead process."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with short_socket_path(path) as address:
+        previous = os.umask(0o177)
+        try:
+            listener.bind(address)
+        finally:
+            os.umask(previous)
+    listener.listen(16)
+    return listener
+
+
+def request(registration: Registration, message: Mapping[str, object], timeout_s: float) -> dict[str, object]:
+    """Ask a mount something over its control socket. Raises NotMountedError if it does not answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(timeout_s)
+        try:
+            with short_socket_path(Path(registration.socket)) as address:
+                client.connect(address)
+            client.sendall(json.dumps(message).encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                chunk = client.recv(65536)
+                if not chunk:
+                    break
+                answer += chunk
+        except OSError as error:
+            raise NotMountedError(
+                f"the mount at {registration.mountpoint} (pid {registration.pid}) does not answer: {error}",
+                remedy="if its process is gone, mount again: unpushed changes are replayed",
+            ) from None
+    try:
+        decoded = json.loads(answer)
+    except ValueError:
+        raise NotMountedError(f"the mount at {registration.mountpoint} ended while answering") from None
+    return decoded if isinstance(decoded, dict) else {}

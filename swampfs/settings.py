@@ -1,0 +1,318 @@
+"""Where a datastore is and how to mount it: flags, environment, ``.swamp.yaml`` and URLs → frozen data.
+
+Order of precedence: flag, environment (``SWAMP_DATASTORE``, ``SWAMPFS_*``), file, default (``design/cli.md`` §1;
+grammar in ``spec/swamp-data-model.md`` §1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+from swampfs.errors import SettingsError
+from swampfs.names import SYNCED_DIRECTORIES, check_namespace
+
+MARKER = ".swamp.yaml"
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9._\-]{1,61}[a-z0-9]$")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)?$")
+_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+
+class Backend(Enum):
+    S3 = "s3"
+    FILESYSTEM = "filesystem"
+
+
+_TYPE_NAMES = {"@swamp/s3-datastore": Backend.S3, "s3": Backend.S3, "filesystem": Backend.FILESYSTEM}
+_KNOWN_UNSERVED = ("@swamp/gcs-datastore", "@keeb/mongodb-datastore")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One datastore: backend, location and bound namespace. Never holds a credential."""
+
+    backend: Backend
+    bucket: str = ""
+    prefix: str = ""
+    directory: str = ""
+    namespace: str = ""
+    region: str | None = None
+    endpoint: str | None = None
+    path_style: bool | None = None
+    request_timeout_s: float = 30.0
+
+    @property
+    def url(self) -> str:
+        """Canonical form, safe to show: it becomes the mount's ``fsname``."""
+        if self.backend is Backend.FILESYSTEM:
+            return f"file://{self.directory}"
+        return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+
+    @property
+    def datastore_id(self) -> str:
+        """Name of this datastore's state directory: readable, and unique over location and namespace."""
+        identity = f"{self.url}|{self.endpoint or ''}|{self.namespace}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", self.bucket or Path(self.directory).name).strip("-")[:32]
+        return f"{readable or 'datastore'}-{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """A swamp repository: its directory and the parts of ``.swamp.yaml`` that matter here."""
+
+    directory: Path
+    repo_id: str | None = None
+    datastore: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def mountpoint(self) -> Path:
+        return self.directory / ".swamp"
+
+
+@dataclass(frozen=True, slots=True)
+class TierPolicy:
+    """Which top-level directories the configuration keeps on this machine (data model §1.4, rule 1–3)."""
+
+    kept_local: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class MountSettings:
+    """Everything a running mount needs to know. Durations in seconds, sizes in bytes."""
+
+    source: Source
+    mountpoint: Path
+    state_dir: Path
+    repo: Repo | None = None
+    tiers: TierPolicy = TierPolicy()
+    read_only: bool = False
+    refresh_s: float = 2.0
+    push_delay_s: float = 2.0
+    timeout_s: float = 30.0
+    lock_timeout_s: float = 60.0
+    uid: int = field(default_factory=os.getuid)
+    gid: int = field(default_factory=os.getgid)
+    allow_other: bool = False
+    allow_root: bool = False
+    trace_file: str | None = None
+
+
+# --- words ------------------------------------------------------------------------------------------------
+
+
+def duration_s(text: str) -> float:
+    """``500ms``, ``2s``, ``1m``, ``1h`` or plain seconds."""
+    match = _DURATION.match(text.strip())
+    if not match:
+        raise SettingsError(f"{text!r} is not a duration", remedy="write it like 500ms, 2s or 1m")
+    return float(match[1]) * _UNIT_SECONDS[match[2]]
+
+
+def user_data_dir(env: Mapping[str, str]) -> Path:
+    """``$SWAMP_HOME``, else ``~/.swamp`` (data model §1.3)."""
+    home = env.get("SWAMP_HOME")
+    return Path(home) if home else Path(env.get("HOME") or Path.home()) / ".swamp"
+
+
+def _expand(text: str, env: Mapping[str, str], base: Path) -> str:
+    """``~``, ``$VAR``, ``${VAR}`` and relative paths, as ``datastore.path`` defines them."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not env.get(name):
+            raise SettingsError(f"{text!r} uses ${name}, which is not set")
+        return env[name]
+
+    if text == "~" or text.startswith("~/"):
+        text = (env.get("HOME") or str(Path.home())) + text[1:]
+    expanded = _VARIABLE.sub(value, text)
+    return os.path.normpath(os.path.join(base, expanded))
+
+
+# --- sources ----------------------------------------------------------------------------------------------
+
+
+def source_of_url(url: str) -> Source:
+    """``s3://bucket/prefix`` or ``file:///dir``. Raises SettingsError."""
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        if parts.username or parts.password or parts.query:
+            raise SettingsError(
+                "credentials and options do not belong in the URL",
+                remedy="use the AWS environment, a profile or an instance role",
+            )
+        return _s3_source({"bucket": parts.netloc, "prefix": unquote(parts.path[1:])}, url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise SettingsError(f"{url} names a host", remedy="write file:///absolute/dir")
+        return _directory_source(unquote(parts.path), url)
+    if parts.scheme in ("gs", "mongodb"):
+        raise SettingsError(f"{url}: this version serves s3:// and file:// datastores only")
+    raise SettingsError(
+        f"{url!r} is not a datastore", remedy="write s3://bucket/prefix, file:///dir or a repo directory"
+    )
+
+
+def _directory_source(directory: str, origin: str) -> Source:
+    if not os.path.isabs(directory):
+        raise SettingsError(f"{origin}: {directory!r} is not an absolute directory")
+    return Source(Backend.FILESYSTEM, directory=os.path.normpath(directory))
+
+
+def _s3_source(config: Mapping[str, Any], origin: str) -> Source:
+    def text(name: str) -> str | None:
+        value = config.get(name)
+        if value is not None and not isinstance(value, str):
+            raise SettingsError(f"{origin}: datastore {name} must be text, not {value!r}")
+        return value
+
+    bucket = text("bucket") or ""
+    if not _BUCKET.match(bucket):
+        raise SettingsError(f"{origin}: {bucket!r} is not a bucket name")
+    path_style = config.get("forcePathStyle")
+    if path_style is not None and not isinstance(path_style, bool):
+        raise SettingsError(f"{origin}: forcePathStyle must be true or false")
+    timeout_ms = config.get("requestTimeoutMs", 30000)
+    if not isinstance(timeout_ms, int) or not 1000 <= timeout_ms <= 600000:
+        raise SettingsError(f"{origin}: requestTimeoutMs must be 1000–600000, not {timeout_ms!r}")
+    return Source(
+        Backend.S3,
+        bucket=bucket,
+        prefix=text("prefix") or "",
+        region=text("region"),
+        endpoint=text("endpoint"),
+        path_style=path_style,
+        request_timeout_s=timeout_ms / 1000,
+    )
+
+
+def _source_of_type(kind: str, config: Mapping[str, Any], origin: str) -> Source:
+    if kind in _KNOWN_UNSERVED:
+        raise SettingsError(f"{origin}: datastore type {kind} is not served by this version")
+    if _TYPE_NAMES.get(kind) is not Backend.S3:
+        raise SettingsError(f"{origin}: unknown datastore type {kind!r}")
+    return _s3_source(config, origin)
+
+
+def source_of_env(value: str, env: Mapping[str, str], base: Path) -> Source:
+    """The ``SWAMP_DATASTORE`` grammar ``type:value``, or a URL."""
+    origin = "SWAMP_DATASTORE"
+    if "://" in value:
+        return source_of_url(value)
+    kind, colon, rest = value.partition(":")
+    if not colon:
+        raise SettingsError(f"{origin}={value!r} has no colon", remedy="write type:value, such as filesystem:/dir")
+    if kind == "filesystem":
+        return _directory_source(_expand(rest, env, base), origin)
+    if kind == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return _s3_source({"bucket": bucket, "prefix": prefix}, origin)
+    try:
+        config = json.loads(rest or "{}")
+    except ValueError as error:
+        raise SettingsError(f"{origin}: the configuration is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise SettingsError(f"{origin}: the configuration must be a JSON object")
+    return _source_of_type(kind, config, origin)
+
+
+def source_of_repo(repo: Repo, env: Mapping[str, str]) -> Source:
+    """The datastore a repository's marker names; default is the directory ``.swamp`` itself."""
+    origin = str(repo.directory / MARKER)
+    block = repo.datastore
+    kind = block.get("type", "filesystem")
+    if kind == "filesystem":
+        path = block.get("path")
+        if block and not isinstance(path, str):
+            raise SettingsError(f"{origin}: a filesystem datastore needs a path")
+        source = _directory_source(_expand(path or ".swamp", env, repo.directory), origin)
+    elif kind == "s3":
+        source = _s3_source(block, origin)
+    else:
+        config = block.get("config", {})
+        if not isinstance(config, dict):
+            raise SettingsError(f"{origin}: datastore config must be a mapping")
+        source = _source_of_type(str(kind), config, origin)
+    namespace = block.get("namespace")
+    return with_namespace(source, str(namespace)) if namespace else source
+
+
+def with_namespace(source: Source, namespace: str) -> Source:
+    return replace(source, namespace=check_namespace(namespace))
+
+
+# --- repositories -----------------------------------------------------------------------------------------
+
+
+def read_repo(directory: Path) -> Repo:
+    """Read ``.swamp.yaml``. Raises SettingsError if it is missing or malformed."""
+    marker = directory / MARKER
+    try:
+        document = yaml.safe_load(marker.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{directory} is not a swamp repository: there is no {MARKER}",
+            remedy="pass a source such as s3://bucket/prefix, or run in a repository",
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{marker} cannot be read: {reason}", remedy="correct the file") from None
+    if not isinstance(document, dict):
+        raise SettingsError(f"{marker} is not a mapping", remedy="correct the file")
+    block = document.get("datastore", {})
+    if not isinstance(block, dict):
+        raise SettingsError(f"{marker}: datastore must be a mapping", remedy="correct the file")
+    repo_id = document.get("repoId")
+    return Repo(directory, repo_id if isinstance(repo_id, str) else None, block)
+
+
+def find_repo(start: Path) -> Repo | None:
+    """The repository at or above ``start``."""
+    for directory in (start, *start.parents):
+        if (directory / MARKER).exists():
+            return read_repo(directory)
+    return None
+
+
+def tiers_of(repo: Repo | None) -> TierPolicy:
+    """Synced directories that the repository's ``directories`` and ``exclude`` keep local."""
+    if repo is None:
+        return TierPolicy()
+    origin = repo.directory / MARKER
+    named, excluded = repo.datastore.get("directories"), repo.datastore.get("exclude") or []
+    for value in (named or [], excluded):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise SettingsError(f"{origin}: directories and exclude must be lists of names")
+    local = SYNCED_DIRECTORIES - set(named) if named is not None else frozenset()
+    return TierPolicy(frozenset(local) | (SYNCED_DIRECTORIES & set(excluded)))
+
+
+def resolve_source(argument: str | None, env: Mapping[str, str], cwd: Path) -> tuple[Source, Repo | None]:
+    """SOURCE of the command line (URL, repository directory, or nothing) → datastore and repository."""
+    if argument is not None and "://" in argument:
+        return source_of_url(argument), None
+    if argument is not None:
+        repo = read_repo(Path(argument).absolute())
+        return source_of_repo(repo, env), repo
+    found = find_repo(cwd)
+    from_env = env.get("SWAMP_DATASTORE")
+    if from_env:
+        return source_of_env(from_env, env, found.directory if found else cwd), found
+    if found is None:
+        raise SettingsError(
+            f"no SOURCE, and {cwd} is not inside a swamp repository",
+            remedy="pass a source such as s3://bucket/prefix or a repository directory",
+        )
+    return source_of_repo(found, env), found

@@ -1,0 +1,1 @@
+"""This machine's durable state: catalog, cache directory, journal, sidecar. Synchronous, on the loop thread."""

@@ -1,0 +1,311 @@
+"""The catalog: the tree of inodes, answered without network.
+
+Rows mirror ``schema.CATALOG``. Namespace operations (:mod:`swampfs.fs.tree`) and index deltas
+(:mod:`swampfs.state.apply`) both write here; the kernel's ``lookup``, ``getattr`` and ``readdir`` read from here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from swampfs.names import ROOT, RelPath, parent_of
+from swampfs.records import (
+    Finding,
+    IndexEntry,
+    IndexMode,
+    Kind,
+    Node,
+    Residency,
+    Watermark,
+)
+from swampfs.state.schema import CATALOG, CATALOG_VERSION, SchemaError, open_database, set_aside, transaction
+
+ROOT_INO = 1
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+
+_NODE = (
+    "ino, parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, partition,"
+    " base_size, base_sha256, base_modified, base_mtime"
+)
+_SELECT = f"SELECT {_NODE} FROM node"
+_INSERT = """
+INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, explicit,
+                  partition, base_size, base_sha256, base_modified, base_mtime)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+class Catalog:
+    """SQLite store of :class:`Node`. A damaged or foreign file is set aside and rebuilt by the next poll."""
+
+    def __init__(self, path: str) -> None:
+        self.rebuilt = False
+        self.epoch = 0  # counts changes to what is known of the remote; an await in between may have made one
+        try:
+            self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
+        except SchemaError:
+            set_aside(path)
+            self.rebuilt = True
+            self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
+        if self.db.execute("SELECT 1 FROM node WHERE ino = ?", (ROOT_INO,)).fetchone() is None:
+            now = time.time_ns()
+            self.db.execute(
+                "INSERT INTO node (ino, parent, name, path, kind, mtime_ns, ctime_ns, mode, residency, explicit)"
+                " VALUES (?, ?, '', '', ?, ?, ?, ?, ?, 1)",
+                (ROOT_INO, ROOT_INO, Kind.DIRECTORY, now, now, DIRECTORY_MODE, Residency.CLEAN),
+            )
+
+    def close(self) -> None:
+        self.db.close()
+
+    def transaction(self) -> AbstractContextManager[None]:
+        return transaction(self.db)
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def node(self, ino: int) -> Node | None:
+        return _node(self.db.execute(f"{_SELECT} WHERE ino = ?", (ino,)).fetchone())
+
+    def child(self, parent: int, name: str) -> Node | None:
+        return _node(self.db.execute(f"{_SELECT} WHERE parent = ? AND name = ?", (parent, name)).fetchone())
+
+    def at(self, path: str) -> Node | None:
+        return _node(self.db.execute(f"{_SELECT} WHERE path = ?", (path,)).fetchone())
+
+    def children(self, parent: int, after_ino: int = 0, limit: int = -1) -> list[Node]:
+        """Entries of a directory in inode order, so that a position survives concurrent change."""
+        rows = self.db.execute(
+            f"{_SELECT} WHERE parent = ? AND ino > ? AND ino != {ROOT_INO} ORDER BY ino LIMIT ?",
+            (parent, after_ino, limit),
+        ).fetchall()
+        return [_row_node(row) for row in rows]
+
+    def has_children(self, parent: int) -> bool:
+        row = self.db.execute(
+            f"SELECT 1 FROM node WHERE parent = ? AND ino != {ROOT_INO} LIMIT 1", (parent,)
+        ).fetchone()
+        return row is not None
+
+    def files_below(self, path: str) -> Iterator[Node]:
+        """Every file at or below a path."""
+        low, high = (f"{path}/", f"{path}0") if path else ("", "\U0010ffff")
+        rows = self.db.execute(
+            f"{_SELECT} WHERE (path = ? OR (path >= ? AND path < ?)) AND kind = ? ORDER BY path",
+            (path, low, high, Kind.FILE),
+        ).fetchall()
+        return map(_row_node, rows)
+
+    def dirty_files(self) -> list[RelPath]:
+        rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,)).fetchall()
+        return [RelPath(row[0]) for row in rows]
+
+    def totals(self) -> dict[str, int]:
+        """Counts and bytes for ``statfs`` and ``status``."""
+        row = self.db.execute(
+            "SELECT count(*), coalesce(sum(size), 0), coalesce(sum(residency = ?), 0), coalesce(sum(residency = ?), 0)"
+            " FROM node WHERE kind = ?",
+            (Residency.CLEAN, Residency.DIRTY, Kind.FILE),
+        ).fetchone()
+        return {"files": row[0], "bytes": row[1], "clean": row[2], "dirty": row[3]}
+
+    # --- the tree -----------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        path: RelPath,
+        kind: Kind,
+        *,
+        mode: int,
+        owner: tuple[int, int] = (-1, -1),
+        mtime_ns: int | None = None,
+        residency: Residency = Residency.DIRTY,
+    ) -> Node:
+        """Insert a local entry; its parent must exist. Directories added here stay when they become empty."""
+        now = time.time_ns()
+        parent = self.at(parent_of(path))
+        assert parent is not None
+        self.db.execute(
+            _INSERT,
+            (parent.ino, path.rpartition("/")[2], path, kind, 0, mtime_ns or now, now, mode, *owner, residency,
+             int(kind is Kind.DIRECTORY), None, None, None, None, None),
+        )  # fmt: skip
+        self.touch(parent.ino, now)
+        node = self.at(path)
+        assert node is not None
+        return node
+
+    def make_parents(self, path: RelPath) -> int:
+        """Inode of the directory that holds ``path``, creating missing ones. Raises NotADirectoryError."""
+        parent = parent_of(path)
+        if parent == ROOT:
+            return ROOT_INO
+        found = self.db.execute("SELECT ino, kind FROM node WHERE path = ?", (parent,)).fetchone()
+        if found is not None:
+            if found[1] != Kind.DIRECTORY:
+                raise NotADirectoryError(parent)
+            return int(found[0])
+        above = self.make_parents(parent)
+        now = time.time_ns()
+        cursor = self.db.execute(
+            _INSERT,
+            (above, parent.rpartition("/")[2], parent, Kind.DIRECTORY, 0, now, now, DIRECTORY_MODE, -1, -1,
+             Residency.CLEAN, 0, None, None, None, None, None),
+        )  # fmt: skip
+        return int(cursor.lastrowid or 0)
+
+    def add_remote(self, parent: int, entry: IndexEntry, partition: str, now: int) -> int:
+        """Insert a file as its index entry describes it; returns its inode."""
+        cursor = self.db.execute(
+            _INSERT,
+            (parent, entry.path.rpartition("/")[2], entry.path, Kind.FILE, entry.size, entry.mtime_ns or now, now,
+             FILE_MODE, -1, -1, Residency.STUB, 0, partition, *_base(entry)),
+        )  # fmt: skip
+        return int(cursor.lastrowid or 0)
+
+    def remove(self, node: Node) -> None:
+        self.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
+        self.touch(node.parent, time.time_ns())
+
+    def move(self, node: Node, target: RelPath) -> None:
+        """Rename an entry and everything below it; the inode stays. The target name must be free."""
+        parent = self.at(parent_of(target))
+        assert parent is not None
+        now = time.time_ns()
+        self.db.execute(
+            "UPDATE node SET parent = ?, name = ?, path = ?, ctime_ns = ?, explicit = 1 WHERE ino = ?",
+            (parent.ino, target.rpartition("/")[2], target, now, node.ino),
+        )
+        self.db.execute(
+            "UPDATE node SET path = ? || substr(path, ?) WHERE path >= ? AND path < ?",
+            (target, len(node.path) + 1, f"{node.path}/", f"{node.path}0"),
+        )
+        self.touch(node.parent, now)
+        self.touch(parent.ino, now)
+
+    def unpublish(self, path: RelPath) -> None:
+        """The files at or below a path are new local content: no base, dirty."""
+        self.db.execute(
+            "UPDATE node SET residency = ?, partition = NULL, base_size = NULL, base_sha256 = NULL,"
+            " base_modified = NULL, base_mtime = NULL"
+            " WHERE (path = ? OR (path >= ? AND path < ?)) AND kind = ?",
+            (Residency.DIRTY, path, f"{path}/", f"{path}0", Kind.FILE),
+        )
+
+    def adopt_base(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
+        """Local content that will replace a published entry keeps what it is based on."""
+        self.db.execute(
+            "UPDATE node SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=? WHERE path=?",
+            (partition if base else None, *_base(base), path),
+        )
+
+    def touch(self, ino: int, mtime_ns: int) -> None:
+        self.db.execute("UPDATE node SET mtime_ns = ?, ctime_ns = ? WHERE ino = ?", (mtime_ns, mtime_ns, ino))
+
+    def set_content(self, ino: int, size: int, mtime_ns: int, residency: Residency) -> None:
+        self.db.execute(
+            "UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, residency = ? WHERE ino = ?",
+            (size, mtime_ns, time.time_ns(), residency, ino),
+        )
+
+    def set_residency(self, ino: int, residency: Residency) -> None:
+        self.db.execute("UPDATE node SET residency = ? WHERE ino = ?", (residency, ino))
+
+    def set_attributes(
+        self, ino: int, *, mode: int | None, uid: int | None, gid: int | None, mtime_ns: int | None
+    ) -> None:
+        self.db.execute(
+            "UPDATE node SET mode = coalesce(?, mode), uid = coalesce(?, uid), gid = coalesce(?, gid),"
+            " mtime_ns = coalesce(?, mtime_ns), ctime_ns = ? WHERE ino = ?",
+            (mode, uid, gid, mtime_ns, time.time_ns(), ino),
+        )
+
+    def settle(self, entry: IndexEntry, partition: str, *, clean: bool) -> None:
+        """A push made this entry the remote truth of its path; ``clean`` if nothing was written since."""
+        self.db.execute(
+            "UPDATE node SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=? WHERE path=?",
+            (partition, *_base(entry), entry.path),
+        )
+        if clean:
+            self.db.execute(
+                "UPDATE node SET residency = ? WHERE path = ? AND residency = ?",
+                (Residency.CLEAN, entry.path, Residency.DIRTY),
+            )
+
+    def reset_to_remote(self, node: Node, entry: IndexEntry | None, partition: str) -> None:
+        """Give up local content of a path: it becomes the remote's file again, or disappears."""
+        if entry is None:
+            self.remove(node)
+            return
+        self.settle(entry, partition, clean=False)
+        self.set_content(node.ino, entry.size, entry.mtime_ns or time.time_ns(), Residency.STUB)
+
+    # --- what is known of the remote ----------------------------------------------------------------------
+
+    def watermark(self) -> Watermark:
+        facts = dict(self.db.execute("SELECT key, value FROM fact"))
+        return Watermark(
+            IndexMode(facts.get("mode", "unknown")),
+            int(facts.get("commit_seq", "0")),
+            facts.get("meta_etag", ""),
+            facts.get("monolith_etag", ""),
+        )
+
+    def set_watermark(self, mark: Watermark) -> None:
+        values = {
+            "mode": mark.mode.value,
+            "commit_seq": str(mark.commit_seq),
+            "meta_etag": mark.meta_etag,
+            "monolith_etag": mark.monolith_etag,
+        }
+        self.db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", values.items())
+
+    def fact(self, key: str) -> str | None:
+        row = self.db.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_fact(self, key: str, value: str) -> None:
+        self.db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (key, value))
+
+    def partitions(self) -> dict[str, str]:
+        """Partition name → ETag last applied."""
+        return dict(self.db.execute("SELECT name, etag FROM partition"))
+
+    def park(self, paths: Iterable[RelPath]) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO parked VALUES (?, 0)", [(path,) for path in paths])
+
+    def unpark(self, paths: Iterable[str]) -> None:
+        self.db.executemany("DELETE FROM parked WHERE path = ?", [(path,) for path in paths])
+
+    def parked(self, *, lost_only: bool = False) -> list[RelPath]:
+        where = " WHERE lost = 1" if lost_only else ""
+        return [RelPath(row[0]) for row in self.db.execute(f"SELECT path FROM parked{where}")]
+
+    def mark_parked_lost(self, paths: Iterable[str]) -> None:
+        self.db.executemany("UPDATE parked SET lost = 1 WHERE path = ?", [(path,) for path in paths])
+
+    def findings(self) -> list[Finding]:
+        return [Finding(*row) for row in self.db.execute("SELECT * FROM finding ORDER BY path")]
+
+    def report(self, findings: Iterable[Finding]) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO finding VALUES (?, ?, ?, ?)", findings)
+
+
+def _base(entry: IndexEntry | None) -> tuple[int | None, str | None, str | None, str | None]:
+    if entry is None:
+        return (None, None, None, None)
+    return (entry.size, entry.sha256, entry.last_modified, entry.local_mtime)
+
+
+def _row_node(row: tuple[Any, ...]) -> Node:
+    """The column order of ``_NODE`` is the field order of :class:`Node`."""
+    values = list(row)
+    values[4], values[11] = Kind(row[4]), Residency(row[11])
+    return Node._make(values)
+
+
+def _node(row: tuple[Any, ...] | None) -> Node | None:
+    return None if row is None else _row_node(row)

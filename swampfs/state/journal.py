@@ -1,0 +1,174 @@
+"""The journal: which paths of this machine are not in the datastore yet, and what each change started from.
+
+Written before the act (``mark`` → bytes), retired only for exactly the generation that was committed. Deletes are
+records here; absence on disk never is one (architecture rule 5, lessons 1, 3, 9).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+
+from swampfs.names import RelPath
+from swampfs.records import DirtyPath, IndexEntry, Intent, Op
+from swampfs.state.schema import JOURNAL, JOURNAL_VERSION, SchemaError, open_database, set_aside, transaction
+
+_COLUMNS = "path, op, generation, partition, base_size, base_sha256, base_modified, base_mtime"
+_UPSERT = f"""
+INSERT INTO dirty ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (path) DO UPDATE SET op = excluded.op, generation = excluded.generation
+"""
+
+
+class Journal:
+    """Durable set of :class:`DirtyPath`. All calls are on the loop thread; each mark is one fsynced commit."""
+
+    def __init__(self, path: str) -> None:
+        self.lost: str | None = None
+        """Where a damaged journal was moved to; the caller must then walk the cache (sync/replay.py)."""
+        try:
+            self._db = open_database(path, JOURNAL, JOURNAL_VERSION, "FULL")
+        except SchemaError:
+            self.lost = set_aside(path)
+            self._db = open_database(path, JOURNAL, JOURNAL_VERSION, "FULL")
+        rows = self._db.execute("SELECT path, op, generation FROM dirty").fetchall()
+        self._ops: dict[str, Op] = {path: Op(op) for path, op, _ in rows}
+        self._sealed: set[str] = set()
+        self._generation = max((generation for _, _, generation in rows), default=0)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._ops
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ops)
+
+    def op(self, path: str) -> Op | None:
+        return self._ops.get(path)
+
+    def is_announced(self, path: str) -> bool:
+        """Whether a write to this path needs no further mark."""
+        return self._ops.get(path) is Op.WRITE and path not in self._sealed
+
+    def mark_write(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
+        """Announce that a path's bytes are about to change. Cheap when already announced since the last seal."""
+        if self.is_announced(path):
+            return
+        self._put(path, Op.WRITE, base, partition)
+
+    def mark_delete(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
+        """Announce a removal. A path that never was in the datastore is simply forgotten."""
+        known = self.get(path)
+        if (known.base if known else base) is None and path not in self._sealed:
+            self.forget(path)
+        else:
+            self._put(path, Op.DELETE, base, partition)
+
+    def mark_rename(
+        self,
+        source: RelPath,
+        target: RelPath,
+        moves: Iterable[tuple[DirtyPath, DirtyPath | None]],
+    ) -> Intent:
+        """Announce a rename of a file or directory in one commit: every file's delete and write, and the intent.
+
+        ``moves`` pairs the record of each source file with that of its target, ``None`` for a target that is never
+        published; their ``generation`` is ignored.
+        """
+        with transaction(self._db):
+            cursor = self._db.execute("INSERT INTO intent (source, target) VALUES (?, ?)", (source, target))
+            for old, new in moves:
+                self.mark_delete(old.path, old.base, old.partition)
+                if new is not None:
+                    self._put(new.path, Op.WRITE, new.base, new.partition)
+        return Intent(int(cursor.lastrowid or 0), source, target)
+
+    def intents(self) -> list[Intent]:
+        rows = self._db.execute("SELECT id, source, target FROM intent ORDER BY id").fetchall()
+        return [Intent(row[0], RelPath(row[1]), RelPath(row[2])) for row in rows]
+
+    def settle(self, intent: Intent) -> None:
+        """The rename is done on disk and in the catalog. Needs no fsync: replaying it is a no-op."""
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("DELETE FROM intent WHERE id = ?", (intent.id,))
+        self._db.execute("PRAGMA synchronous=FULL")
+
+    def forget(self, path: str) -> None:
+        """Drop a record whose change no longer exists (an unpublished file was removed)."""
+        if path in self._ops:
+            self._db.execute("DELETE FROM dirty WHERE path = ?", (path,))
+            del self._ops[path]
+        self._sealed.discard(path)
+
+    def get(self, path: str) -> DirtyPath | None:
+        row = self._db.execute(f"SELECT {_COLUMNS} FROM dirty WHERE path = ?", (path,)).fetchone()
+        return _dirty_path(row) if row else None
+
+    def seal(self, paths: Iterable[str]) -> list[DirtyPath]:
+        """Snapshot records for a push: from now on a further write to one of them opens a new generation."""
+        sealed = [record for path in paths if (record := self.get(path)) is not None]
+        self._sealed.update(record.path for record in sealed)
+        return sealed
+
+    def unseal(self, paths: Iterable[str]) -> None:
+        """A push gave these up; their records stand."""
+        self._sealed.difference_update(paths)
+
+    def retire(self, done: Sequence[tuple[DirtyPath, IndexEntry | None, str | None]]) -> set[str]:
+        """Drop the records a commit made true; returns their paths.
+
+        A record that has a newer generation stays, rebased on the entry (and its partition) now in the index.
+        """
+        retired: set[str] = set()
+        with transaction(self._db):
+            for record, entry, partition in done:
+                gone = self._db.execute(
+                    "DELETE FROM dirty WHERE path = ? AND generation = ?", (record.path, record.generation)
+                ).rowcount
+                if gone:
+                    retired.add(record.path)
+                    self._ops.pop(record.path, None)
+                else:
+                    self._db.execute(
+                        "UPDATE dirty SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?"
+                        " WHERE path = ?",
+                        (*_base_columns(entry, partition), record.path),
+                    )
+        self._sealed.difference_update(record.path for record, _, _ in done)
+        return retired
+
+    def sync(self) -> None:
+        """Make every record so far survive a power cut; marks already do, forgets and settles may not."""
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def _put(self, path: RelPath, op: Op, base: IndexEntry | None, partition: str | None) -> None:
+        self._generation += 1
+        self._db.execute(_UPSERT, (path, op.value, self._generation, *_base_columns(base, partition)))
+        self._ops[path] = op
+        self._sealed.discard(path)
+
+
+def _base_columns(
+    base: IndexEntry | None, partition: str | None
+) -> tuple[str | None, int | None, str | None, str | None, str | None]:
+    if base is None:
+        return (None, None, None, None, None)
+    return (partition, base.size, base.sha256, base.last_modified, base.local_mtime)
+
+
+def _dirty_path(row: sqlite3.Row | tuple[object, ...]) -> DirtyPath:
+    path, op, generation, partition, size, sha256, modified, mtime = row
+    rel = RelPath(str(path))
+    base = None
+    if isinstance(size, int):
+        base = IndexEntry(rel, size, str(modified or ""), _text(mtime), _text(sha256))
+    return DirtyPath(rel, Op(op), int(str(generation)), base, _text(partition))
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

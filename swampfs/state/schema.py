@@ -1,0 +1,115 @@
+"""SQLite files: how they are opened, and their schemas, field by field.
+
+Both databases run in WAL mode. The journal commits with ``synchronous=FULL`` (0.25 ms here): a mark must be on disk
+before the bytes it announces. The catalog uses ``NORMAL``: it can be rebuilt from the index and the journal.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CATALOG_VERSION = 1
+JOURNAL_VERSION = 1
+
+CATALOG = """
+CREATE TABLE node (
+    ino           INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused: it is the kernel's inode number
+    parent        INTEGER NOT NULL,
+    name          TEXT    NOT NULL,
+    path          TEXT    NOT NULL UNIQUE,            -- '' is the root
+    kind          INTEGER NOT NULL,                   -- records.Kind
+    size          INTEGER NOT NULL DEFAULT 0,
+    mtime_ns      INTEGER NOT NULL,
+    ctime_ns      INTEGER NOT NULL,
+    mode          INTEGER NOT NULL,                   -- permission bits only
+    uid           INTEGER NOT NULL DEFAULT -1,        -- -1: the mount's owner
+    gid           INTEGER NOT NULL DEFAULT -1,
+    residency     INTEGER NOT NULL DEFAULT 0,         -- records.Residency: STUB, CLEAN or DIRTY
+    explicit      INTEGER NOT NULL DEFAULT 0,         -- directory made by mkdir: stays when it becomes empty
+    partition     TEXT,                               -- partition the base entry was read from; NULL: unpublished
+    base_size     INTEGER,                            -- the remote entry last in step with this node
+    base_sha256   TEXT,
+    base_modified TEXT,
+    base_mtime    TEXT,
+    UNIQUE (parent, name)
+) STRICT;
+CREATE INDEX node_partition ON node (partition) WHERE partition IS NOT NULL;
+CREATE TABLE partition (name TEXT PRIMARY KEY, etag TEXT NOT NULL) STRICT;
+CREATE TABLE finding (
+    path TEXT, kind TEXT, detail TEXT NOT NULL, partition TEXT NOT NULL, PRIMARY KEY (path, kind)
+) STRICT;
+CREATE TABLE parked (path TEXT PRIMARY KEY, lost INTEGER NOT NULL DEFAULT 0) STRICT;  -- spec H6: our entries in _root
+CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+
+JOURNAL = """
+CREATE TABLE dirty (
+    path          TEXT PRIMARY KEY,
+    op            TEXT    NOT NULL,                   -- records.Op
+    generation    INTEGER NOT NULL,                   -- a push retires exactly the generation it uploaded
+    partition     TEXT,                               -- with base_*: the remote entry this change started from
+    base_size     INTEGER,
+    base_sha256   TEXT,
+    base_modified TEXT,
+    base_mtime    TEXT
+) STRICT;
+CREATE TABLE intent (id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, target TEXT NOT NULL) STRICT;
+"""
+
+
+class SchemaError(Exception):
+    """The file is not a database of ours, is damaged, or has another version."""
+
+
+def open_database(path: str, schema: str, version: int, synchronous: str) -> sqlite3.Connection:
+    """Open or create a database file (mode 0600). Raises SchemaError if it cannot be trusted."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.close(fd)
+    db = sqlite3.connect(path, isolation_level=None, cached_statements=256, check_same_thread=False)
+    try:
+        db.execute("PRAGMA busy_timeout=5000")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(f"PRAGMA synchronous={synchronous}")
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables == 0:
+            db.executescript(f"BEGIN; {schema} PRAGMA user_version={version}; COMMIT;")
+        elif found != version:
+            raise SchemaError(f"{path} has schema {found}, expected {version}")
+        elif db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise SchemaError(f"{path} is damaged")
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise SchemaError(f"{path}: {error}") from error
+    except SchemaError:
+        db.close()
+        raise
+    return db
+
+
+def set_aside(path: str) -> str:
+    """Move a distrusted database and its side files out of the way; returns the new name."""
+    aside = f"{path}.bad-{time.time_ns()}"
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        if os.path.exists(path + suffix):
+            os.rename(path + suffix, aside + suffix)
+    return aside
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """``BEGIN IMMEDIATE`` … ``COMMIT``, rolled back on any exception. Nests by joining the outer one."""
+    if db.in_transaction:
+        yield
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")

@@ -1,0 +1,279 @@
+"""Committing to an object store's index: a read-merge-write that conditional puts fence (H7, H18).
+
+What was read at :meth:`Commit.begin` is written back only if it is still the current version; otherwise it is read
+again and the same changes are applied to it. So a writer that lost its lock cannot overwrite its successor, and
+entries and fields of other writers survive.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from swampfs.errors import AbsentError, IndexCorruptError, PreconditionError, StoreError
+from swampfs.names import ROOT_PARTITION, Keyspace, RelPath, home_partition, partition_key
+from swampfs.provider import ABSENT, Precondition, matching
+from swampfs.records import IndexDelta, IndexEntry, IndexMode, Partition, Watermark, timestamp
+from swampfs.sync.index import (
+    MONOLITH,
+    Meta,
+    decode_entries,
+    decode_entry,
+    decode_json,
+    decode_meta,
+    decode_shard,
+    encode_document,
+    encode_entry,
+    encode_meta,
+    entries_of,
+    new_monolith,
+    new_shard,
+)
+from swampfs.sync.listing import list_entries
+from swampfs.sync.remote import Remote
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 8
+
+
+@dataclass(slots=True)
+class _Document:
+    """One index document as read: its JSON and the condition under which it may be replaced."""
+
+    key: str
+    content: dict[str, Any]
+    when: Precondition
+    etag: str = ""
+    written: bool = False
+
+
+@dataclass(slots=True)
+class Commit:
+    """:class:`~swampfs.provider.IndexTransaction` of :class:`~swampfs.sync.object_index.ObjectIndex`."""
+
+    remote: Remote
+    keys: Keyspace
+    known: Watermark
+    parked: Sequence[IndexEntry]
+    meta: Meta | None = None
+    meta_etag: str = ""
+    documents: dict[str, _Document] = field(default_factory=dict)  # partition → document
+
+    @classmethod
+    async def begin(
+        cls,
+        remote: Remote,
+        keys: Keyspace,
+        paths: Mapping[RelPath, str | None],
+        known: Watermark,
+        parked: Sequence[IndexEntry],
+    ) -> Commit:
+        """Read meta, then every document a commit of ``paths`` touches."""
+        commit = cls(remote, keys, known, parked)
+        await commit._read_meta()
+        if commit.meta is None or commit.meta.mode is IndexMode.MONOLITH:
+            await commit._read_monolith()
+            return commit
+        wanted = {home_partition(path) for path in paths}
+        wanted |= {found for found in paths.values() if found and found in commit.meta.partitions}
+        if parked:
+            wanted.add(ROOT_PARTITION)
+        for name in sorted(wanted):
+            await commit._read_shard(name)
+        return commit
+
+    def entry(self, path: RelPath) -> IndexEntry | None:
+        for document in self.documents.values():
+            entry = decode_entry(document.content, path)
+            if entry is not None:
+                return entry
+        return None
+
+    async def commit(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
+        """Write content changes to the index: monolith then shards (v1), or shards then meta (v2)."""
+        if self.meta is not None and self.meta.mode is IndexMode.SHARDS:
+            return await self._commit_shards([*puts, *self.parked], deletes)
+        return await self._commit_monolith(puts, deletes)
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    async def _read_meta(self) -> None:
+        try:
+            blob = await self.remote.get(self.keys.meta)
+        except AbsentError:
+            self.meta, self.meta_etag = None, ""
+            return
+        assert blob is not None
+        self.meta, self.meta_etag = decode_meta(blob.body, self.keys.meta), blob.info.etag
+
+    async def _read_shard(self, name: str) -> None:
+        assert self.meta is not None
+        key = self.keys.shard(name)
+        if name not in self.meta.partitions:
+            # Unlisted means "no entries" (H41), whatever an old object of that name may hold.
+            self.documents[name] = _Document(key, new_shard({}), ABSENT)
+            return
+        try:
+            blob = await self.remote.get(key)
+        except AbsentError:
+            raise IndexCorruptError(f"the index shard {key} is listed but missing; nothing was committed") from None
+        assert blob is not None
+        content = decode_shard(blob.body, key)
+        self.documents[name] = _Document(key, content, matching(blob.info.etag), blob.info.etag)
+
+    async def _read_monolith(self) -> None:
+        key = self.keys.monolith
+        try:
+            blob = await self.remote.get(key)
+        except AbsentError:
+            partition, _ = await list_entries(self.remote, self.keys)
+            entries: dict[str, Any] = {entry.path: encode_entry(entry) for entry in partition.entries}
+            content = new_monolith(entries, timestamp(time.time_ns()))
+            self.documents[MONOLITH] = _Document(key, content, ABSENT)
+            return
+        assert blob is not None
+        content = decode_json(blob.body, key)
+        entries_of(content, key)
+        self.documents[MONOLITH] = _Document(key, content, matching(blob.info.etag), blob.info.etag)
+
+    # --- version 2: shards, then meta ---------------------------------------------------------------------
+
+    async def _commit_shards(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
+        base_etag = self.meta_etag
+        touched = []
+        for name in sorted(self.documents):
+            mine = [entry for entry in puts if home_partition(entry.path) == name]
+            if await self._write(name, mine, deletes):
+                touched.append(name)
+        if not touched:
+            return None
+        emptied = {name for name in touched if not entries_of(self.documents[name].content, name)}
+        await self._write_meta(set(touched) - emptied, emptied)
+        for name in sorted(emptied):
+            # After meta stopped listing it: a crash in between leaves a readable index.
+            await self._discard(self.documents[name])
+        return self._delta_of_shards(touched, emptied, base_etag)
+
+    async def _write(self, name: str, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> bool:
+        """Apply changes to one document and put it, re-reading as long as others are faster."""
+        for _ in range(_ATTEMPTS):
+            document = self.documents[name]
+            entries = entries_of(document.content, document.key)
+            before = dict(entries)
+            for entry in puts:
+                entries[entry.path] = encode_entry(entry, entries.get(entry.path))
+            for path in deletes:
+                entries.pop(path, None)
+            if entries == before and not (name == MONOLITH and document.when == ABSENT):
+                return document.written
+            document.content["entries"] = entries
+            if not entries and name != MONOLITH:
+                document.written = True
+                return True  # will be delisted, then deleted
+            try:
+                info = await self.remote.put(document.key, encode_document(document.content), document.when)
+            except PreconditionError:
+                await self._reread(name)
+                continue
+            document.etag, document.when, document.written = info.etag, matching(info.etag), True
+            return True
+        raise PreconditionError(f"{self.documents[name].key} changed {_ATTEMPTS} times while we tried to update it")
+
+    async def _reread(self, name: str) -> None:
+        """Take the current version of a document whose precondition failed."""
+        written = self.documents[name].written
+        if name == MONOLITH:
+            await self._read_monolith()
+        else:
+            await self._read_meta()
+            if self.meta is None or self.meta.mode is not IndexMode.SHARDS:
+                raise IndexCorruptError(f"{self.keys.meta} is no longer version 2; nothing more was committed")
+            await self._read_shard(name)
+            if self.documents[name].when == ABSENT:
+                # An unlisted leftover is in the way: replace exactly that version of it.
+                info = await self.remote.head(self.documents[name].key)
+                self.documents[name].when = matching(info.etag)
+        self.documents[name].written = written
+
+    async def _write_meta(self, present: set[str], emptied: set[str]) -> None:
+        for _ in range(_ATTEMPTS):
+            assert self.meta is not None
+            names = (set(self.meta.partitions) | present) - emptied
+            meta = Meta(IndexMode.SHARDS, tuple(names), self.meta.commit_seq + 1)
+            try:
+                info = await self.remote.put(self.keys.meta, encode_meta(meta), matching(self.meta_etag))
+            except PreconditionError:
+                await self._read_meta()
+                if self.meta is None or self.meta.mode is not IndexMode.SHARDS:
+                    raise IndexCorruptError(f"{self.keys.meta} is no longer version 2") from None
+                continue
+            self.meta, self.meta_etag = meta, info.etag
+            return
+        raise PreconditionError(f"{self.keys.meta} changed {_ATTEMPTS} times while we tried to update it")
+
+    def _delta_of_shards(self, touched: list[str], emptied: set[str], base_etag: str) -> IndexDelta | None:
+        if self.known.mode is not IndexMode.SHARDS:
+            return None  # the tree was read from another kind of index; the next poll reads it anew
+        assert self.meta is not None
+        changed = {}
+        for name in touched:
+            if name not in emptied:
+                document = self.documents[name]
+                entries, _ = decode_entries(document.content, document.key, name)
+                changed[name] = Partition(document.etag, entries)
+        current = self.known.meta_etag == base_etag and self.meta.commit_seq == self.known.commit_seq + 1
+        mark = Watermark(IndexMode.SHARDS, self.meta.commit_seq, self.meta_etag) if current else self.known
+        return IndexDelta(mark, changed, frozenset(self.meta.partitions))
+
+    # --- version 1: monolith, then advisory shards --------------------------------------------------------
+
+    async def _commit_monolith(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
+        document = self.documents[MONOLITH]
+        document.content["lastPulled"] = timestamp(time.time_ns())
+        if not await self._write(MONOLITH, puts, deletes):
+            return None
+        document = self.documents[MONOLITH]
+        meta_etag = self.known.meta_etag
+        try:
+            meta_etag = await self._write_advisory_shards(puts, deletes)
+        except StoreError as error:
+            # Readers of version 1 prefer the monolith; stale shards are rewritten by the next commit (spec §7.2).
+            log.info("advisory index shards were not updated: %s", error)
+        entries, findings = decode_entries(document.content, document.key, MONOLITH)
+        mark = Watermark(IndexMode.MONOLITH, 0, meta_etag, document.etag)
+        if self.known.mode is IndexMode.SHARDS:
+            return None
+        return IndexDelta(mark, {MONOLITH: Partition(document.etag, entries)}, frozenset({MONOLITH}), findings)
+
+    async def _write_advisory_shards(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> str:
+        """Rewrite the shards of changed partitions (all, if there was no meta yet); returns meta's ETag."""
+        grouped: dict[str, dict[str, Any]] = {}
+        for path, raw in entries_of(self.documents[MONOLITH].content, MONOLITH).items():
+            name = partition_key(path)
+            if name is not None:
+                grouped.setdefault(name, {})[path] = raw
+        paths = [entry.path for entry in puts] + list(deletes)
+        dirty = {name for path in paths if (name := partition_key(path)) is not None}
+        for name in sorted(set(grouped) if self.meta is None else dirty & set(grouped)):
+            await self.remote.put(self.keys.shard(name), encode_document(new_shard(grouped[name])))
+        old = self.meta.partitions if self.meta else ()
+        if not grouped or set(old) == set(grouped):
+            return self.meta_etag
+        meta = Meta(
+            IndexMode.MONOLITH, tuple([n for n in old if n in grouped] + [n for n in grouped if n not in old]), 0
+        )
+        when = matching(self.meta_etag) if self.meta_etag else ABSENT  # never over a version 2 meta (H14)
+        info = await self.remote.put(self.keys.meta, encode_meta(meta), when)
+        for name in sorted(dirty - set(grouped)):
+            await self.remote.delete(self.keys.shard(name))
+        return info.etag
+
+    async def _discard(self, document: _Document) -> None:
+        try:
+            await self.remote.delete(document.key, matching(document.etag) if document.etag else document.when)
+        except StoreError as error:
+            log.info("the empty index shard %s stays behind, unlisted: %s", document.key, error)

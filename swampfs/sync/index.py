@@ -1,0 +1,149 @@
+"""The bytes of the remote index: monolith, shard and meta documents (spec §1.4–1.6, §2).
+
+Decoding trusts nothing: a bad entry becomes a finding and the rest is used; a bad document is an error. Encoding is
+compact UTF-8. Documents are kept as the JSON they were, so that fields of other writers survive our rewrites.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from swampfs.errors import HostileNameError, IndexCorruptError, IndexVersionError
+from swampfs.names import RelPath, rel_path
+from swampfs.records import Finding, IndexEntry, IndexMode
+
+MONOLITH = ""
+"""Partition name under which the monolith's (or a listing's) entries are filed in the catalog."""
+
+_HEX = frozenset("0123456789abcdef")
+
+
+class Meta(NamedTuple):
+    """``_index/_meta.json``."""
+
+    mode: IndexMode
+    partitions: tuple[str, ...]
+    commit_seq: int
+
+
+def decode_json(body: bytes, what: str) -> dict[str, Any]:
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise IndexCorruptError(f"{what} is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise IndexCorruptError(f"{what} is not a JSON object")
+    return document
+
+
+def decode_meta(body: bytes, what: str) -> Meta:
+    """Raises IndexVersionError for any shape that is not version 1 or 2 (spec §1.6 BETTER, H14)."""
+    document = decode_json(body, what)
+    version, partitions, seq = (document.get(name) for name in ("version", "partitions", "commitSeq"))
+    names_ok = isinstance(partitions, list) and all(isinstance(name, str) and name for name in partitions)
+    if version not in (1, 2) or isinstance(version, bool) or not names_ok or partitions is None:
+        raise IndexVersionError(f"{what} has version {version!r} in a form this software does not know")
+    for name in partitions:
+        if "/" in name or "\0" in name:
+            raise IndexCorruptError(f"{what} lists the partition {name!r}")
+    if version == 1:
+        return Meta(IndexMode.MONOLITH, tuple(partitions), 0)
+    if not isinstance(seq, int) or isinstance(seq, bool) or seq < 0:
+        raise IndexCorruptError(f"{what} has commitSeq {seq!r}")
+    return Meta(IndexMode.SHARDS, tuple(partitions), seq)
+
+
+def encode_meta(meta: Meta) -> bytes:
+    if meta.mode is IndexMode.MONOLITH:
+        return msgspec.json.encode({"version": 1, "partitions": list(meta.partitions)})
+    partitions = sorted(set(meta.partitions), key=_utf16)
+    return msgspec.json.encode({"version": 2, "partitions": partitions, "commitSeq": meta.commit_seq})
+
+
+def _utf16(text: str) -> bytes:
+    """Sort order of the wire format: UTF-16 code units."""
+    return text.encode("utf-16-be", "surrogatepass")
+
+
+def entries_of(document: dict[str, Any], what: str) -> dict[str, Any]:
+    """The ``entries`` object; a missing one is tolerated as empty (spec §1.4)."""
+    entries = document.get("entries", {})
+    if not isinstance(entries, dict):
+        raise IndexCorruptError(f"{what} has entries that are not an object")
+    return entries
+
+
+def decode_shard(body: bytes, what: str) -> dict[str, Any]:
+    document = decode_json(body, what)
+    if document.get("version") != 1:
+        raise IndexCorruptError(f"{what} has version {document.get('version')!r}")
+    return document
+
+
+def decode_entries(
+    document: dict[str, Any], what: str, partition: str
+) -> tuple[tuple[IndexEntry, ...], tuple[Finding, ...]]:
+    """Checked entries, and a finding for each that was skipped."""
+    good: list[IndexEntry] = []
+    bad: list[Finding] = []
+    for name, raw in entries_of(document, what).items():
+        try:
+            good.append(_entry(rel_path(name), raw))
+        except HostileNameError as error:
+            bad.append(Finding(name, "index-name", f"skipped: {error}", partition))
+        except IndexCorruptError as error:
+            bad.append(Finding(name, "index-entry", f"skipped: {error}", partition))
+    return tuple(good), tuple(bad)
+
+
+def _entry(path: RelPath, raw: object) -> IndexEntry:
+    if not isinstance(raw, dict):
+        raise IndexCorruptError("the entry is not an object")
+    size = raw.get("size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**62:
+        raise IndexCorruptError(f"its size is {str(size)[:40]!r}")
+    sha256 = raw.get("sha256")
+    if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64 and _HEX.issuperset(sha256)):
+        raise IndexCorruptError(f"its sha256 is {str(sha256)[:80]!r}")
+    modified, mtime = raw.get("lastModified"), raw.get("localMtime")
+    return IndexEntry(
+        path,
+        size,
+        modified if isinstance(modified, str) else "",
+        mtime if isinstance(mtime, str) else None,
+        sha256,
+    )
+
+
+def decode_entry(document: dict[str, Any], path: RelPath) -> IndexEntry | None:
+    """One entry of a document, ``None`` if it has none. Raises IndexCorruptError if it is bad."""
+    raw = entries_of(document, "the index").get(path)
+    return None if raw is None else _entry(path, raw)
+
+
+def encode_entry(entry: IndexEntry, previous: object = None) -> dict[str, Any]:
+    """Wire form in the order of spec §2, then whatever other fields the previous entry carried."""
+    wire: dict[str, Any] = {"key": entry.path, "size": entry.size, "lastModified": entry.last_modified}
+    if entry.local_mtime is not None:
+        wire["localMtime"] = entry.local_mtime
+    if entry.sha256 is not None:
+        wire["sha256"] = entry.sha256
+    if isinstance(previous, dict):
+        known = ("key", "size", "lastModified", "localMtime", "sha256")
+        wire.update({name: value for name, value in previous.items() if name not in known})
+    return wire
+
+
+def encode_document(document: dict[str, Any]) -> bytes:
+    """Compact JSON, non-ASCII raw (spec, JSON rules)."""
+    return msgspec.json.encode(document)
+
+
+def new_shard(entries: dict[str, Any]) -> dict[str, Any]:
+    return {"version": 1, "entries": entries}
+
+
+def new_monolith(entries: dict[str, Any], pulled_at: str) -> dict[str, Any]:
+    return {"version": 1, "lastPulled": pulled_at, "entries": entries}

@@ -1,0 +1,305 @@
+"""Swamp's lock on an object store (spec §9), fenced by conditional writes and free of clocks.
+
+A lock is stale when its version has not moved for its own TTL on *our* monotonic clock (H30); on a directory also
+when its process is dead on this very host. Renewal and release name the exact version they replace, so they can
+never touch a successor's lock (H18).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import trio
+
+from swampfs.errors import (
+    AbsentError,
+    LeaseLostError,
+    LockTimeoutError,
+    PreconditionError,
+    PreconditionsUnsupportedError,
+    StoreError,
+)
+from swampfs.provider import ABSENT, Blob, ObjectInfo, matching
+from swampfs.records import LockInfo, timestamp
+from swampfs.sync.remote import Remote
+from swampfs.threads import Lane
+
+log = logging.getLogger(__name__)
+
+TTL_MS = 30_000
+RETRY_S = 1.0
+FIRST_RETRY_S = 0.05
+
+
+def decode_lock(body: bytes) -> LockInfo | None:
+    """``None`` for a body that is not (yet) a lock: a heartbeat in place may be read half-written."""
+    try:
+        raw: Any = msgspec.json.decode(body)
+        return LockInfo(
+            holder=str(raw["holder"]),
+            hostname=str(raw["hostname"]),
+            pid=int(raw["pid"]),
+            acquired_at=str(raw["acquiredAt"]),
+            ttl_ms=max(1, min(int(raw["ttlMs"]), 24 * 3_600_000)),
+            nonce=raw["nonce"] if isinstance(raw.get("nonce"), str) else None,
+        )
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def encode_lock(info: LockInfo) -> bytes:
+    """Pretty JSON without a trailing newline (spec §1.8)."""
+    return msgspec.json.format(msgspec.json.encode(info.as_json()), indent=2)
+
+
+def _pid_is_dead(info: LockInfo) -> bool:
+    if info.hostname != socket.gethostname():
+        return False
+    try:
+        os.kill(info.pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+@dataclass(slots=True)
+class Sighting:
+    """A foreign lock's version and since when, on our clock, it has not moved."""
+
+    etag: str
+    since: float
+
+
+class Lock:
+    """One lock object. :class:`~swampfs.provider.DistributedLock`, plus :meth:`check` for fencing."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        key: str,
+        *,
+        ttl_ms: int = TTL_MS,
+        max_wait_s: float = 60.0,
+        trust_pids: bool = False,
+        sightings: MutableMapping[str, Sighting] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._remote = remote
+        self.key = key
+        self._ttl_ms = ttl_ms
+        self._max_wait_s = max_wait_s
+        self._trust_pids = trust_pids
+        self._clock = clock
+        self._etag = ""
+        self._nonce: str | None = None
+        self._renewed = 0.0
+        # Shared by the locks of one datastore: a short wait must not start the TTL of a dead holder anew.
+        self._sightings: MutableMapping[str, Sighting] = {} if sightings is None else sightings
+
+    @property
+    def held(self) -> bool:
+        return self._nonce is not None
+
+    def check(self) -> None:
+        """Raises LeaseLostError unless the lock is surely still ours. Call right before what it guards."""
+        if self._nonce is None:
+            raise LeaseLostError(f"the lock {self.key} was lost to another machine")
+        if self._clock() - self._renewed > self._ttl_ms / 1000:
+            raise LeaseLostError(f"the lock {self.key} could not be renewed in time")
+
+    async def acquire(self) -> None:
+        """Raises LockTimeoutError after ``max_wait_s``, StoreError if the store does not answer."""
+        started = self._clock()
+        nonce = str(uuid.uuid4())
+        pause = FIRST_RETRY_S
+        while True:
+            if await self._try_create(nonce):
+                return
+            holder = await self._inspect()
+            if holder is not None and await self._steal_if_stale(*holder):
+                continue
+            waited = self._clock() - started
+            if waited >= self._max_wait_s:
+                raise _timeout(self.key, holder[0] if holder else None, waited)
+            await trio.sleep(min(pause, max(0.0, self._max_wait_s - waited)) * random.uniform(0.75, 1.25))  # noqa: S311
+            pause = min(pause * 2, RETRY_S)
+
+    async def release(self) -> None:
+        """Remove our lock, and only ours. Idempotent; a store that does not answer leaves it to the TTL."""
+        nonce, self._nonce = self._nonce, None
+        if nonce is None:
+            return
+        try:
+            await self._remote.delete(self.key, matching(self._etag), Lane.LOCK)
+        except (PreconditionError, AbsentError):
+            log.info("lock %s was taken over before we released it", self.key)
+        except StoreError as error:
+            log.info("lock %s stays until its TTL: %s", self.key, error)
+
+    async def inspect(self) -> LockInfo | None:
+        found = await self._inspect()
+        return found[0] if found else None
+
+    async def force_release(self, nonce: str) -> bool:
+        """Remove somebody's lock, if it still is that acquisition's."""
+        found = await self._inspect()
+        if found is None or found[0] is None or found[0].nonce != nonce:
+            return False
+        try:
+            await self._remote.delete(self.key, matching(found[1].etag), Lane.LOCK)
+        except (PreconditionError, AbsentError):
+            return False
+        return True
+
+    async def renew(self) -> None:
+        """One heartbeat. Marks the lock lost if its version is not the one we wrote."""
+        if self._nonce is None:
+            return
+        nonce = self._nonce
+        before = self._clock()
+        try:
+            info = await self._remote.put(self.key, self._body(nonce), matching(self._etag), Lane.LOCK)
+        except (PreconditionError, AbsentError):
+            if not await self._adopt(nonce):
+                self._nonce = None
+            return
+        except StoreError as error:
+            log.info("heartbeat of %s failed, retrying: %s", self.key, error)
+            return
+        self._etag, self._renewed = info.etag, before
+
+    async def heartbeat(self) -> None:
+        """Renew every third of the TTL until cancelled or lost."""
+        while self.held:
+            await trio.sleep(self._ttl_ms / 3000)
+            await self.renew()
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    async def _try_create(self, nonce: str) -> bool:
+        before = self._clock()
+        try:
+            info = await self._remote.put(self.key, self._body(nonce), ABSENT, Lane.LOCK)
+        except PreconditionError:
+            return await self._adopt(nonce)
+        self._etag, self._nonce, self._renewed = info.etag, nonce, before
+        return True
+
+    async def _adopt(self, nonce: str) -> bool:
+        """A refused put may be the retry of one that was applied: then the lock carries our nonce (H28)."""
+        before = self._clock()
+        found = await self._inspect()
+        if found is None or found[0] is None or found[0].nonce != nonce:
+            return False
+        self._etag, self._nonce, self._renewed = found[1].etag, nonce, before
+        return True
+
+    async def _inspect(self) -> tuple[LockInfo | None, ObjectInfo] | None:
+        try:
+            blob: Blob | None = await self._remote.get(self.key, lane=Lane.LOCK)
+        except AbsentError:
+            self._sightings.pop(self.key, None)
+            return None
+        assert blob is not None
+        return decode_lock(blob.body), blob.info
+
+    async def _steal_if_stale(self, holder: LockInfo | None, info: ObjectInfo) -> bool:
+        now = self._clock()
+        sighting = self._sightings.get(self.key)
+        if sighting is None or sighting.etag != info.etag:
+            sighting = self._sightings[self.key] = Sighting(info.etag, now)
+        ttl_ms = holder.ttl_ms if holder else self._ttl_ms
+        dead = self._trust_pids and holder is not None and _pid_is_dead(holder)
+        if not dead and now - sighting.since <= ttl_ms / 1000:
+            return False
+        try:
+            await self._remote.delete(self.key, matching(info.etag), Lane.LOCK)
+        except (PreconditionError, AbsentError):
+            return False  # it moved after all, or another one stole it first
+        await trio.sleep(random.uniform(0.2, 0.5))  # noqa: S311
+        return True
+
+    def _body(self, nonce: str) -> bytes:
+        user = os.environ.get("USER") or os.environ.get("USERNAME") or "unknown"
+        host = socket.gethostname()
+        info = LockInfo(f"{user}@{host}", host, os.getpid(), timestamp(time.time_ns()), self._ttl_ms, nonce)
+        return encode_lock(info)
+
+
+def _timeout(key: str, holder: LockInfo | None, waited_s: float) -> LockTimeoutError:
+    who = f" held by {holder.holder} (pid {holder.pid})" if holder else ""
+    return LockTimeoutError(f'Lock "{key}"{who} — timed out after {int(waited_s * 1000)}ms')
+
+
+@asynccontextmanager
+async def hold(lock: Lock) -> AsyncIterator[Lock]:
+    """Acquire, keep alive, always release — also when the body is cancelled."""
+    await lock.acquire()
+    failure: Exception | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lock.heartbeat)
+            try:
+                yield lock
+            except Exception as error:  # re-raised below: the nursery would wrap it in a group
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(10):
+            await lock.release()
+    if failure is not None:
+        raise failure
+
+
+async def wait_until_free(lock: Lock, max_wait_s: float) -> None:
+    """Spec §9.4: a writer waits while the global lock is held, and breaks it when it is stale."""
+    started = time.monotonic()
+    while True:
+        found = await lock._inspect()
+        if found is None or await lock._steal_if_stale(*found):
+            return
+        waited = time.monotonic() - started
+        if waited >= max_wait_s:
+            raise _timeout(lock.key, found[0], waited)
+        await trio.sleep(min(RETRY_S, max_wait_s))
+
+
+async def prove_preconditions(remote: Remote, key: str) -> None:
+    """Refuse a store that ignores preconditions, with one request and without leaving anything behind.
+
+    Asks to replace a version that cannot exist: an honest store refuses (412, or 404), a careless one stores it.
+
+    Raises:
+        PreconditionsUnsupportedError: the store took the write, or does not know the header.
+    """
+    try:
+        await remote.put(key, b"swampfs precondition probe\n", matching("00000000000000000000000000000000"), Lane.LOCK)
+    except (PreconditionError, AbsentError):
+        return
+    await remote.delete(key, lane=Lane.LOCK)
+    raise PreconditionsUnsupportedError(f"{remote.name} ignores conditional writes: two writers would both win")
+
+
+async def prove_exclusive_create(remote: Remote, lock: Lock) -> None:
+    """With a lock in hand, make sure that creating it once more is refused. One request.
+
+    Raises PreconditionsUnsupportedError; the caller still releases the lock.
+    """
+    try:
+        await remote.put(lock.key, b"{}", ABSENT, Lane.LOCK)
+    except PreconditionError:
+        return
+    await remote.delete(lock.key, lane=Lane.LOCK)
+    raise PreconditionsUnsupportedError(f"{remote.name} lets two writers create the same object")

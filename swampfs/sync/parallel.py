@@ -1,0 +1,28 @@
+"""Doing many things at once and failing with one plain error, not with a group."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+async def for_each(items: Iterable[T], fn: Callable[[T], Awaitable[object]], *, at_once: int) -> list[Exception]:
+    """Run ``fn`` on every item; waits for all of them and returns what failed, in order of failing."""
+    limiter = trio.CapacityLimiter(at_once)
+    errors: list[Exception] = []
+
+    async def one(item: T) -> None:
+        async with limiter:
+            try:
+                await fn(item)
+            except Exception as error:
+                errors.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for item in items:
+            nursery.start_soon(one, item)
+    return errors

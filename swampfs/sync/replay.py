@@ -1,0 +1,121 @@
+"""Making catalog, journal and files agree after a crash, before the mount serves (idempotent).
+
+The journal is the truth about changes, the files are the truth about bytes, the catalog follows. What the journal
+does not explain is kept and pushed, never dropped: doubt means the safe path (architecture rule 9).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from swampfs.names import RelPath, is_scratch
+from swampfs.records import DirtyPath, Kind, Node, Op, Residency
+from swampfs.state.cache_dir import CacheDir
+from swampfs.state.catalog import FILE_MODE, Catalog
+from swampfs.state.journal import Journal
+from swampfs.state.sidecar import Sidecar
+from swampfs.sync.hydrate import hash_file
+
+log = logging.getLogger(__name__)
+
+
+def replay(catalog: Catalog, cache: CacheDir, journal: Journal, sidecar: Sidecar) -> int:
+    """Redo what a dead process had begun; returns how many changes are still to be pushed.
+
+    Run after the first poll of a rebuilt catalog, so that clean files have their entries.
+    """
+    for intent in journal.intents():
+        cache.rename(intent.source, intent.target)
+        _finish_rename(catalog, intent.source, intent.target)
+        journal.settle(intent)
+    for path in list(journal):
+        record = journal.get(path)
+        if record is not None:
+            _redo(catalog, cache, journal, record)
+    for path in catalog.dirty_files():
+        _explain(catalog, cache, journal, path)
+    if journal.lost or catalog.rebuilt or (len(journal) == 0 and sidecar.trusted and sidecar.dirty):
+        _walk(catalog, cache, journal)
+    return len(journal)
+
+
+def _finish_rename(catalog: Catalog, source: RelPath, target: RelPath) -> None:
+    node = catalog.at(source)
+    if node is None:
+        return
+    with catalog.transaction():
+        over = catalog.at(target)
+        if over is not None:
+            catalog.remove(over)
+        catalog.make_parents(target)
+        catalog.move(node, target)
+        catalog.unpublish(target)
+
+
+def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath) -> None:
+    node = catalog.at(record.path)
+    if record.op is Op.DELETE:
+        cache.remove(record.path)
+        if node is not None:
+            catalog.remove(node)
+        return
+    stat = cache.stat(record.path)
+    if stat is None:
+        # Announced, then never begun: an announcement alone changes nothing.
+        journal.forget(record.path)
+        if node is not None and node.residency is Residency.DIRTY:
+            if record.base is None:
+                catalog.remove(node)
+            else:
+                catalog.reset_to_remote(node, record.base, record.partition or "")
+        return
+    with catalog.transaction():
+        if node is None:
+            catalog.make_parents(record.path)
+            node = catalog.add(record.path, Kind.FILE, mode=FILE_MODE)
+            catalog.adopt_base(record.path, record.base, record.partition)
+        catalog.set_content(node.ino, stat.st_size, stat.st_mtime_ns, Residency.DIRTY)
+
+
+def _explain(catalog: Catalog, cache: CacheDir, journal: Journal, path: RelPath) -> None:
+    """A dirty row without a record: scratch files have none; anything else is marked again."""
+    if path in journal:
+        return
+    node, stat = catalog.at(path), cache.stat(path)
+    assert node is not None
+    if stat is None:
+        catalog.reset_to_remote(node, node.base, node.partition or "")
+        return
+    catalog.set_content(node.ino, stat.st_size, stat.st_mtime_ns, Residency.DIRTY)
+    if not is_scratch(path):
+        journal.mark_write(path, node.base, node.partition)
+
+
+def _walk(catalog: Catalog, cache: CacheDir, journal: Journal) -> None:
+    """The journal or the catalog was lost: compare every local file with the index. Infers no deletes."""
+    log.info("walking the cache: local changes are found by comparing content")
+    for path in list(cache.walk()):
+        if path in journal:
+            continue
+        node = catalog.at(path)
+        if node is not None and node.is_dir:
+            continue
+        if _is_clean(node, cache, path):
+            assert node is not None
+            if node.residency is Residency.STUB:
+                catalog.set_residency(node.ino, Residency.CLEAN)
+            continue
+        if not is_scratch(path):
+            journal.mark_write(path, node.base if node else None, node.partition if node else None)
+            record = journal.get(path)
+            assert record is not None
+            _redo(catalog, cache, journal, record)
+
+
+def _is_clean(node: Node | None, cache: CacheDir, path: RelPath) -> bool:
+    if node is None or node.base is None:
+        return False
+    stat = cache.stat(path)
+    if stat is None or stat.st_size != node.base.size:
+        return False
+    return node.base.sha256 is not None and hash_file(cache.path(path)) == node.base.sha256

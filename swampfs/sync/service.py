@@ -1,0 +1,122 @@
+"""One datastore's sync service: the four verbs the file system and the library use, over one set of local state.
+
+``mark_dirty`` before bytes change, ``hydrate_file`` before they are read, ``pull_changed`` to follow the others,
+``push_changed`` to be followed. Each is documented where it is implemented; this class only joins them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable
+
+from swampfs.names import Keyspace, ModelRef, RelPath, is_scratch
+from swampfs.provider import RemoteIndex
+from swampfs.records import IndexMode, Node, PushReport, TreeChange, timestamp
+from swampfs.state.cache_dir import CacheDir
+from swampfs.state.catalog import Catalog
+from swampfs.state.journal import Journal
+from swampfs.state.sidecar import Sidecar
+from swampfs.sync.hydrate import Hydrator
+from swampfs.sync.locks import Lock
+from swampfs.sync.parts import Parts
+from swampfs.sync.pull import Puller
+from swampfs.sync.push import Pusher
+from swampfs.sync.remote import Remote
+from swampfs.sync.replay import replay
+
+_PROVEN = "preconditions_proven"
+
+
+class SyncService:
+    """Cache directory ⇄ remote for one bound namespace. Lives on the loop."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        keys: Keyspace,
+        index: RemoteIndex,
+        home: str,
+        *,
+        make_lock: Callable[[str], Lock],
+        prove: Callable[[], Awaitable[None]] | None,
+        start_soon: Callable[[Callable[[RelPath], Awaitable[None]], RelPath], None],
+        timeout_s: float,
+        lock_timeout_s: float,
+    ) -> None:
+        self.remote = remote
+        self.catalog = Catalog(f"{home}/state/catalog.db")
+        self.journal = Journal(f"{home}/state/journal.db")
+        self.sidecar = Sidecar(f"{home}/state")
+        self.cache = CacheDir(home)
+        self.cache.clear_staging()
+        parts = Parts(remote, keys, index, self.catalog, self.cache, self.journal)
+        self.hydrator = Hydrator(parts, refresh=self.pull_changed, start_soon=start_soon, timeout_s=timeout_s)
+        self._puller = Puller(parts)
+        self._pusher = Pusher(parts, make_lock=make_lock, fenced=prove is not None, lock_timeout_s=lock_timeout_s)
+        self._prove = prove
+        self.on_changes: Callable[[list[TreeChange]], None] | None = None
+        self.refreshed_at: float | None = None
+
+    def close(self) -> None:
+        self.catalog.close()
+        self.journal.close()
+
+    async def open(self, *, writable: bool) -> int:
+        """First poll, crash replay, and proof that the store can be written safely.
+
+        Returns the number of changes still to be pushed. A store that does not answer is an error only for a state
+        directory that has never seen it; otherwise work goes on from what is known.
+        """
+        known = self.catalog.watermark().mode is not IndexMode.UNKNOWN
+        try:
+            await self.pull_changed()
+        except Exception as error:
+            if not (known and getattr(error, "retryable", False)):
+                raise
+        pending = replay(self.catalog, self.cache, self.journal, self.sidecar)
+        if writable and self._prove is not None and self.catalog.fact(_PROVEN) is None:
+            await self._prove()
+            self.catalog.set_fact(_PROVEN, timestamp(time.time_ns()))
+        return pending
+
+    def mark_dirty(self, node: Node) -> None:
+        """Durable before return: the bytes of this file are about to change. No network, no look at the file.
+
+        Scratch names are not announced: they are published under the name they are renamed to, or never.
+        """
+        if is_scratch(node.path):
+            return
+        if len(self.journal) == 0:
+            self.sidecar.mark_bulk()
+        self.journal.mark_write(node.path, node.base, node.partition)
+
+    def mark_deleted(self, node: Node) -> None:
+        """Durable before return: this file is about to disappear, on purpose."""
+        if len(self.journal) == 0 and node.base is not None:
+            self.sidecar.mark_bulk()
+        self.journal.mark_delete(node.path, node.base, node.partition)
+
+    async def hydrate_file(self, path: RelPath) -> None:
+        """See :meth:`swampfs.sync.hydrate.Hydrator.hydrate`."""
+        await self.hydrator.hydrate(path)
+
+    async def pull_changed(self) -> list[TreeChange]:
+        """See :meth:`swampfs.sync.pull.Puller.pull`. Listeners are told before this returns."""
+        changes = await self._puller.pull()
+        self.refreshed_at = time.monotonic()
+        self._announce(changes)
+        return changes
+
+    async def push_changed(
+        self, paths: Iterable[str], models: Collection[ModelRef], is_open: Callable[[str], bool]
+    ) -> PushReport:
+        """See :meth:`swampfs.sync.push.Pusher.push`."""
+        report, changes = await self._pusher.push(paths, models, is_open)
+        if len(self.journal) == 0:
+            self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
+        self._announce(changes)
+        return report
+
+    def _announce(self, changes: list[TreeChange]) -> None:
+        if changes and self.on_changes is not None:
+            self.on_changes(changes)

@@ -1,0 +1,41 @@
+"""The only door to worker threads: one limiter per purpose, and the cancellation policy.
+
+Reads may be abandoned when their caller gives up; writes may not, because an abandoned put that lands later
+would be a write nobody knows of (architecture §6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+class Lane(Enum):
+    """Purpose of a thread; its value is how many may run at once."""
+
+    HYDRATE = ("hydrate", 32)
+    PUSH = ("push", 16)
+    LOCK = ("lock", 8)  # its own, so that downloads never starve a heartbeat
+    INDEX = ("index", 10)  # spec §6.3: shards are read ten at a time
+    DISK = ("disk", 4)
+    KERNEL = ("kernel", 1)  # cache invalidation; pyfuse3 deadlocks if it runs on the loop
+
+
+class Threads:
+    """Runs blocking functions. One instance per process, made by the composition root."""
+
+    def __init__(self) -> None:
+        self._limiters = {lane: trio.CapacityLimiter(lane.value[1]) for lane in Lane}
+
+    async def read(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
+        """Run something without effects; on cancellation the thread is left to finish alone."""
+        return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
+
+    async def write(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
+        """Run something with effects; its outcome is always awaited."""
+        return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane])

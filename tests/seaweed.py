@@ -1,0 +1,125 @@
+"""A real S3 server for the tests: SeaweedFS on free loopback ports, ended by pid."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+
+ACCESS_KEY = "swampfs-test"
+SECRET_KEY = "swampfs-test-secret"
+READY_S = 90.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct free ports below the ephemeral range, each with its gRPC companion 10000 above."""
+    found: list[int] = []
+    with ExitStack() as open_sockets:
+        port = 12000 + os.getpid() % 8000
+        while len(found) < count:
+            port += 1
+            try:
+                for number in (port, port + 10000):
+                    probe = open_sockets.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", number))
+            except OSError:
+                continue
+            found.append(port)
+    return found
+
+
+@dataclass
+class Server:
+    """A running server: where it is, and a client to look at it from outside."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+    directory: Path
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self) -> Any:
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 3}, max_pool_connections=32),
+        )
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def weed_binary() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    return str(beside) if beside.exists() else str(shutil.which("weed"))
+
+
+def start() -> Server:
+    """Start a server and wait until it answers an authenticated request."""
+    directory = Path(tempfile.mkdtemp(prefix="swampfs-weed-"))
+    master, volume, filer, s3 = free_ports(4)
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    config = directory / "identities.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    (directory / "data").mkdir()
+    with open(directory / "weed.log", "wb") as log:
+        process = subprocess.Popen(
+            [
+                weed_binary(), "server", "-filer", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                f"-dir={directory / 'data'}", "-volume.max=400", "-master.telemetry=false",
+                f"-master.port={master}", f"-master.port.grpc={master + 10000}",
+                f"-volume.port={volume}", f"-volume.port.grpc={volume + 10000}",
+                f"-filer.port={filer}", f"-filer.port.grpc={filer + 10000}",
+                f"-s3.port={s3}", f"-s3.port.grpc={s3 + 10000}",
+                "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={config}",
+            ],
+            stdout=log, stderr=log, cwd=directory, env={**os.environ, "HOME": str(directory)},
+        )  # fmt: skip
+    server = Server(f"http://127.0.0.1:{s3}", process, directory)
+    deadline = time.monotonic() + READY_S
+    while True:
+        try:
+            client = server.client()
+            client.create_bucket(Bucket="ready")
+            client.put_object(Bucket="ready", Key="probe", Body=b"1")
+            client.delete_object(Bucket="ready", Key="probe")
+            return server
+        except Exception:
+            if time.monotonic() > deadline or process.poll() is not None:
+                tail = (directory / "weed.log").read_text(errors="replace")[-2000:]
+                server.stop()
+                raise RuntimeError(f"SeaweedFS did not start: {tail}") from None
+            time.sleep(0.2)
