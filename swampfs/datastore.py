@@ -44,15 +44,11 @@ def open_datastore(
     ``directory`` replaces a file-system source's path when that has been mounted over.
     Raises SettingsError or CredentialsError.
     """
-    driver: ObjectStore
     keys = Keyspace(source.prefix, source.namespace)
-    if source.backend is Backend.FILESYSTEM:
-        driver = FilesystemStore(directory or source.directory)
-    else:
-        driver = S3Store(source)
+    is_plain = source.backend is Backend.FILESYSTEM
+    driver: ObjectStore = FilesystemStore(directory or source.directory) if is_plain else S3Store(source)
     trace = TracingStore(driver, trace_file)
     remote = Remote(RetryingStore(trace), threads)
-    is_plain = source.backend is Backend.FILESYSTEM
     index: RemoteIndex = ListingIndex(remote, keys) if is_plain else ObjectIndex(remote, keys)
     sightings: LRUCache[str, Sighting] = LRUCache(_SIGHTINGS)
 

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class Mount:
             "index": {"mode": watermark.mode.value, "commitSeq": watermark.commit_seq},
             "latencyMs": self.datastore.trace.last_latency_ms,
             "requests": dict(self.datastore.trace.counts),
+            "threadHops": self.datastore.remote.threads.hops,
             "files": totals["files"],
             "bytes": totals["bytes"],
             "hydrated": totals["clean"] + totals["dirty"],
@@ -157,22 +159,19 @@ async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callabl
     Raises whatever kept the mount from starting; after ``on_ready`` only bugs.
     """
     check_mountpoint(settings)
-    state_lock = lock_state_dir(settings.state_dir)
-    beneath = _local_root(settings)
-    try:
-        failure: list[Exception] = []
+    failure: list[Exception] = []
+    with ExitStack() as at_end:
+        at_end.callback(os.close, lock_state_dir(settings.state_dir))
+        beneath = _local_root(settings)
+        at_end.callback(os.close, beneath)
         async with trio.open_nursery() as nursery:
             try:
-                await _start(settings, env, beneath, nursery, on_ready)
+                await _start(settings, env, beneath, nursery, on_ready=on_ready, at_end=at_end)
             except Exception as error:  # re-raised below: the nursery would wrap it in a group
                 failure.append(error)
             nursery.cancel_scope.cancel()
-        session.detach()  # after the tasks that use it
-        if failure:
-            raise failure[0]
-    finally:
-        os.close(beneath)
-        os.close(state_lock)
+    if failure:
+        raise failure[0]
 
 
 def _local_root(settings: MountSettings) -> int:
@@ -190,7 +189,9 @@ async def _start(
     env: Mapping[str, str],
     beneath: int,
     nursery: trio.Nursery,
+    *,
     on_ready: Callable[[], None],
+    at_end: ExitStack,
 ) -> None:
     threads = Threads()
     own = settings.source.backend is Backend.FILESYSTEM and settings.source.directory == str(settings.mountpoint)
@@ -211,14 +212,13 @@ async def _start(
         timeout_s=settings.timeout_s,
         lock_timeout_s=settings.lock_timeout_s,
     )
-    try:
-        pending = await sync.open(writable=not settings.read_only)
-        if pending:
-            log.info("replayed the journal: %d change(s) to push", pending)
-        mount = _compose(settings, datastore, sync, beneath, nursery)
-        await _serve(mount, env, nursery, on_ready)
-    finally:
-        sync.close()
+    at_end.callback(sync.close)
+    pending = await sync.open(writable=not settings.read_only)
+    if pending:
+        log.info("replayed the journal: %d change(s) to push", pending)
+    mount = _compose(settings, datastore, sync, beneath, nursery)
+    at_end.callback(session.detach)  # after the nursery: its tasks use the session
+    await _serve(mount, env, nursery, on_ready)
 
 
 def _compose(

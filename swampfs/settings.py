@@ -126,13 +126,13 @@ def user_data_dir(env: Mapping[str, str]) -> Path:
     return Path(home) if home else Path(env.get("HOME") or Path.home()) / ".swamp"
 
 
-def _expand(text: str, env: Mapping[str, str], base: Path) -> str:
+def _expand(text: str, env: Mapping[str, str], base: Path, origin: str) -> str:
     """``~``, ``$VAR``, ``${VAR}`` and relative paths, as ``datastore.path`` defines them."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if not env.get(name):
-            raise SettingsError(f"{text!r} uses ${name}, which is not set")
+            raise SettingsError(f"{origin}: {text!r} uses ${name}, which is not set")
         return env[name]
 
     if text == "~" or text.startswith("~/"):
@@ -215,7 +215,7 @@ def source_of_env(value: str, env: Mapping[str, str], base: Path) -> Source:
     if not colon:
         raise SettingsError(f"{origin}={value!r} has no colon", remedy="write type:value, such as filesystem:/dir")
     if kind == "filesystem":
-        return _directory_source(_expand(rest, env, base), origin)
+        return _directory_source(_expand(rest, env, base, origin), origin)
     if kind == "s3":
         bucket, _, prefix = rest.partition("/")
         return _s3_source({"bucket": bucket, "prefix": prefix}, origin)
@@ -237,7 +237,7 @@ def source_of_repo(repo: Repo, env: Mapping[str, str]) -> Source:
         path = block.get("path")
         if block and not isinstance(path, str):
             raise SettingsError(f"{origin}: a filesystem datastore needs a path")
-        source = _directory_source(_expand(path or ".swamp", env, repo.directory), origin)
+        source = _directory_source(_expand(path or ".swamp", env, repo.directory, origin), origin)
     elif kind == "s3":
         source = _s3_source(block, origin)
     else:

@@ -31,11 +31,15 @@ class Threads:
 
     def __init__(self) -> None:
         self._limiters = {lane: trio.CapacityLimiter(lane.value[1]) for lane in Lane}
+        self.hops = 0
+        """Calls so far, for ``status``: a warm operation adds none."""
 
     async def read(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
         """Run something without effects; on cancellation the thread is left to finish alone."""
+        self.hops += 1
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
 
     async def write(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
         """Run something with effects; its outcome is always awaited."""
+        self.hops += 1
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane])

@@ -52,9 +52,8 @@ async def serve() -> None:
 
 
 def detach() -> None:
-    """End the session and unmount, if there is one."""
-    with contextlib.suppress(RuntimeError):  # never attached
-        pyfuse3.close(unmount=True)
+    """End the session and unmount. Only after :func:`mount`: pyfuse3 crashes otherwise."""
+    pyfuse3.close(unmount=True)
 
 
 class Invalidator:
@@ -93,9 +92,12 @@ def _invalidate(changes: list[TreeChange]) -> None:
 
 
 def is_stale(mountpoint: str) -> bool:
-    """Whether a crashed mount still covers the directory."""
+    """Whether a crashed mount still covers the directory.
+
+    Asks for statfs, which no kernel cache answers: a dead mount's root may still be in the attribute cache.
+    """
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -1,0 +1,1 @@
+"""Shipped test support: a sample datastore to try things on."""
