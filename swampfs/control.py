@@ -35,7 +35,12 @@ class Control:
         sock = trio.socket.from_stdlib_socket(self._listener)
         async with trio.open_nursery() as nursery:
             while True:
-                connection, _ = await sock.accept()
+                try:
+                    connection, _ = await sock.accept()
+                except OSError as error:  # out of descriptors: the file system matters more than this socket
+                    log.info("control socket: %s", error)
+                    await trio.sleep(1)
+                    continue
                 nursery.start_soon(self._serve, connection)
 
     async def _serve(self, connection: trio.socket.SocketType) -> None:

@@ -71,6 +71,12 @@ class StateBusyError(MountError):
     remedy = "use that mount, unmount it first, or pass another --state-dir"
 
 
+class StateError(MountError):
+    """The state directory cannot be used right now: full disk, permissions. Nothing in it is touched."""
+
+    remedy = "make room or correct the permissions, then mount again"
+
+
 class NotMountedError(MountError):
     errno = _errno.ENOENT
     exit_code = EXIT_USAGE

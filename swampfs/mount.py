@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -61,6 +62,33 @@ def lock_state_dir(directory: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def check_places(settings: MountSettings, env: Mapping[str, str]) -> None:
+    """Refuse places inside one another: a mount that needs its own files would wait for itself for ever."""
+    inside_mount = {
+        "the state directory": settings.state_dir,
+        "the run directory": registry.run_dir(env),
+        "the trace file": Path(settings.trace_file) if settings.trace_file else None,
+    }
+    for what, path in inside_mount.items():
+        if path is not None and _is_inside(path, settings.mountpoint):
+            raise SettingsError(
+                f"{what} {path} lies below the mount point {settings.mountpoint}",
+                remedy="pass --state-dir, or set SWAMP_HOME, outside of it",
+            )
+    source = settings.source.directory
+    if source:
+        for what, path in (("the mount point", settings.mountpoint), ("the state directory", settings.state_dir)):
+            if _is_inside(path, Path(source)) and str(path) != source:
+                raise SettingsError(
+                    f"{what} {path} lies inside the datastore {source}", remedy="choose a place outside"
+                )
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    real, above = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    return above == real or above in real.parents
 
 
 def check_mountpoint(settings: MountSettings) -> None:
@@ -158,7 +186,9 @@ async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callabl
 
     Raises whatever kept the mount from starting; after ``on_ready`` only bugs.
     """
+    check_places(settings, env)
     check_mountpoint(settings)
+    _raise_file_limit()
     failure: list[Exception] = []
     with ExitStack() as at_end:
         at_end.callback(os.close, lock_state_dir(settings.state_dir))
@@ -172,6 +202,12 @@ async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callabl
             nursery.cancel_scope.cancel()
     if failure:
         raise failure[0]
+
+
+def _raise_file_limit() -> None:
+    """Each open file of a user is one of ours."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _local_root(settings: MountSettings) -> int:
@@ -237,10 +273,10 @@ def _compose(
         LocalTier(f"/proc/self/fd/{beneath}", settings.tiers),
         owner=Owner(settings.uid, settings.gid),
         read_only=settings.read_only,
-        on_dirty=lambda path: touched[0](path),  # noqa: PLW0108 - known only below
+        on_dirty=lambda path: touched[0](path),
         invalidate=invalidator,
     )
-    writeback = Writeback(sync, fs.files.is_being_written, settings.push_delay_s)
+    writeback = Writeback(sync, settings.push_delay_s)
     touched.append(writeback.touch)
     refresh = Refresh(sync, settings.refresh_s)
     session.mount(fs, settings)

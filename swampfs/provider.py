@@ -77,6 +77,12 @@ class IndexTransaction(Protocol):
     def entry(self, path: RelPath) -> IndexEntry | None:
         """The remote entry of a path as of the transaction's begin."""
 
+    in_place: bool
+    """Whether the objects are their own index, so that each put and delete takes effect at once."""
+
+    def precondition(self, path: RelPath) -> Precondition:
+        """Under which the path's object may be put or deleted as this transaction decided."""
+
     async def commit(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
         """Publish. The result is the full new content of the touched partitions, if there are partitions."""
 

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from swampfs.names import ModelRef, RelPath
 
+_LAST_NS = 253_402_300_799_999_000_000  # end of the year 9999; file times can be further out
+
 
 def timestamp(ns: int) -> str:
     """UTC wire form ``YYYY-MM-DDTHH:mm:ss.sssZ`` of nanoseconds since the epoch, truncated to ms (spec §0)."""
-    seconds, rest = divmod(ns, 1_000_000_000)
+    seconds, rest = divmod(min(max(ns, 0), _LAST_NS), 1_000_000_000)
     moment = datetime.fromtimestamp(seconds, UTC)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest // 1_000_000:03d}Z"
 
@@ -215,3 +217,4 @@ class PushReport(NamedTuple):
     conflicts: tuple[str, ...] = ()
     waiting: tuple[ModelRef, ...] = ()  # their locks were held by others
     open_files: tuple[str, ...] = ()  # left for later, still being written
+    failure: Exception | None = None  # of a file that could not be uploaded or removed; the rest was committed

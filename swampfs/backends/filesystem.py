@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -67,7 +68,7 @@ class FilesystemStore:
                         shutil.copyfileobj(source, file, 1 << 20)
                 file.flush()
                 os.fsync(file.fileno())
-                stat = os.fstat(file.fileno())
+                written = os.fstat(file.fileno())
             if when.absent:
                 os.link(temporary, target)
             else:
@@ -79,7 +80,7 @@ class FilesystemStore:
         finally:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
-        return _info(key, stat)
+        return _info(key, written)
 
     def delete(self, key: str, when: Precondition = ALWAYS) -> None:
         def remove() -> None:
@@ -130,7 +131,10 @@ class FilesystemStore:
                     continue
 
     def _stat(self, key: str) -> ObjectInfo:
-        return _info(key, os.stat(self._path(key), follow_symlinks=False))
+        found = os.stat(self._path(key), follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "not a regular file")
+        return _info(key, found)
 
     def _demand(self, key: str, etag: str) -> None:
         """Not atomic with what follows; on a directory the lock files carry the exclusion, this catches the rest."""
@@ -142,7 +146,11 @@ class FilesystemStore:
             raise PreconditionError(f"{self.name}/{key} is not the expected version")
 
     def _open(self, key: str) -> int:
-        return os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, "not a regular file")
+        return fd
 
     def _path(self, key: str) -> str:
         return os.path.join(self._root, key)
@@ -174,6 +182,6 @@ class FilesystemStore:
         return StoreError(text)
 
 
-def _info(key: str, stat: os.stat_result) -> ObjectInfo:
-    etag = f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    return ObjectInfo(key, stat.st_size, etag, timestamp(stat.st_mtime_ns))
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    etag = f"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
+    return ObjectInfo(key, found.st_size, etag, timestamp(found.st_mtime_ns))

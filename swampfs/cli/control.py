@@ -21,7 +21,9 @@ _EXIT_S = 15.0
 
 
 def _where(text: str) -> Path:
-    """Absolute path with links resolved up to, not through, the last component."""
+    """Absolute path with links resolved, without touching what is mounted there."""
+    if os.path.islink(text):  # asks about the link itself, so a dead mount cannot hold us
+        return Path(os.path.realpath(text))
     head, tail = os.path.split(os.path.abspath(text))
     return Path(os.path.realpath(head)) / tail if tail else Path(head)
 
@@ -46,6 +48,10 @@ def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
     Example: swampfs umount ~/repo/.swamp
     """
     path = _where(mountpoint)
+    if lazy:
+        session.unmount(str(path), lazy=True)
+        click.echo(f"detached {path}; its process ends with the last open file, and the journal keeps what is pending")
+        return
     if session.is_stale(str(path)):
         session.clear_stale(str(path))
         click.echo(f"cleared the mount a dead process left at {path}; mount it again to push what is journaled")
@@ -53,9 +59,8 @@ def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
     registration = registry.find(os.environ, path)
     if Path(registration.mountpoint) != path:
         raise NotMountedError(f"{path} is inside the mount at {registration.mountpoint}", remedy="name that directory")
-    if not lazy:
-        _ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
-    session.unmount(str(path), lazy=lazy)
+    _ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+    session.unmount(str(path))
     _wait_for_exit(registration.pid)
 
 

@@ -135,7 +135,7 @@ def _in_background(settings: MountSettings, log_file: Path | None) -> None:
     reader, writer = os.pipe()
     with log, os.fdopen(reader, "rb") as pipe:
         child = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "swampfs", *sys.argv[1:]],
+            [sys.executable, "-P", "-m", "swampfs", *sys.argv[1:]],
             env={**os.environ, _READY_FD: str(writer)},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -197,7 +197,7 @@ def _merge_options(ctx: click.Context, flags: dict[str, Any]) -> None:
             if parameter.is_flag == bool(has_value):
                 what = "takes no value" if parameter.is_flag else "needs a value"
                 raise UsageError(f"the mount option {key!r} {what}")
-            if ctx.get_parameter_source(name) in (ParameterSource.DEFAULT, None):
+            if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
                 flags[name] = True if parameter.is_flag else parameter.process_value(ctx, value)
 
 

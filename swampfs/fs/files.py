@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from swampfs.errors import StoreError
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Owner, fail, of_node, stale
 from swampfs.fs.inodes import Inodes
 from swampfs.fs.localtier import LocalTier
@@ -79,10 +80,9 @@ class Files:
 
         Raises FileError and what :meth:`SyncService.hydrate_file` raises.
         """
-        if ino >= LOCAL_BASE and ino not in self._inodes.orphans:
+        if ino >= LOCAL_BASE:
             return self._handle(self._local.open(ino, flags), ino, flags)
-        orphan = self._inodes.orphans.get(ino)
-        if orphan is not None:
+        if ino in self._inodes.orphans:
             return await self._open_orphan(ino, flags)
         node = self._sync.catalog.node(ino)
         if node is None:
@@ -91,10 +91,32 @@ class Files:
             raise fail(errno.EISDIR, node.path)
         if flags & os.O_TRUNC and flags & _WRITING:
             self.truncate(node, 0)
-        elif node.residency is Residency.STUB:
-            node = await self._hydrated(node)
-        fd = self._sync.cache.open(node.path, flags & (os.O_ACCMODE | os.O_APPEND))
-        return self._track(fd, node, flags)
+        while True:
+            current = self._sync.catalog.node(ino)
+            if current is None:
+                raise stale(ino)
+            if current.residency is Residency.STUB:
+                current = await self._hydrated(current)
+            fd = self._open_content(current, flags & (os.O_ACCMODE | os.O_APPEND))
+            if fd is not None:
+                return self._track(fd, current, flags)
+
+    def _open_content(self, node: Node, flags: int) -> int | None:
+        """Descriptor of local content; ``None`` if a clean file turned out to be damaged, and is a stub again."""
+        try:
+            fd = self._sync.cache.open(node.path, flags)
+        except FileNotFoundError:
+            if node.residency is Residency.DIRTY:
+                raise
+            fd = None
+        if fd is not None:
+            if node.residency is not Residency.CLEAN or os.fstat(fd).st_size == node.size:
+                return fd
+            os.close(fd)
+        # Lost or cut short (a power cut, somebody's rm): clean content can be fetched again (architecture §3).
+        self._sync.cache.remove(node.path)
+        self._sync.catalog.set_residency(node.ino, Residency.STUB)
+        return None
 
     async def _hydrated(self, node: Node) -> Node:
         while node.residency is Residency.STUB:
@@ -110,7 +132,10 @@ class Files:
         if orphan.content is None:
             if orphan.node.base is None:
                 raise stale(ino)
-            orphan.content = await self._sync.hydrator.fetch_aside(orphan.node.base)
+            try:
+                orphan.content = await self._sync.hydrator.fetch_aside(orphan.node.base)
+            except StoreError:
+                raise stale(ino) from None  # replaced remotely: the kernel looks the name up again
         fd = os.open(orphan.content, (flags & (os.O_ACCMODE | os.O_APPEND)) | os.O_NOFOLLOW | os.O_CLOEXEC)
         return self._handle(fd, ino, flags)
 
@@ -123,8 +148,8 @@ class Files:
             fd = self._sync.cache.open(node.path, os.O_RDWR | os.O_APPEND)
         return self._track(fd, node, flags | os.O_RDWR)
 
-    def create_local(self, rel: RelPath, flags: int, mode: int) -> tuple[int, Attributes]:
-        fd, attributes = self._local.create(rel, flags, mode)
+    def create_local(self, rel: RelPath, flags: int, mode: int, owner: tuple[int, int]) -> tuple[int, Attributes]:
+        fd, attributes = self._local.create(rel, flags, mode, owner)
         return self._handle(fd, attributes.ino, flags), attributes
 
     def _track(self, fd: int, node: Node, flags: int) -> int:
@@ -180,15 +205,23 @@ class Files:
     def release(self, number: int) -> None:
         handle = self._handles.pop(number)
         file = self._open.get(handle.ino)
-        if file is not None:
-            if handle.writable and handle.fd in file.writers:
+        try:
+            if file is not None:
+                self._closed(handle, file)
+        finally:
+            os.close(handle.fd)
+
+    def _closed(self, handle: Handle, file: OpenFile) -> None:
+        try:
+            if handle.writable:
                 self._record(handle.ino, file, handle.fd)
+        finally:
+            if handle.writable:
                 file.writers.remove(handle.fd)
             else:
                 file.readers -= 1
             if not file.writers and file.readers <= 0:
                 del self._open[handle.ino]
-        os.close(handle.fd)
 
     # --- names --------------------------------------------------------------------------------------------
 
@@ -213,14 +246,20 @@ class Files:
         if file is None or not file.writers:
             return attributes
         found = os.fstat(file.writers[0])
-        return attributes._replace(size=found.st_size, blocks=found.st_blocks, mtime_ns=found.st_mtime_ns)
+        return attributes._replace(
+            size=found.st_size,
+            blocks=found.st_blocks,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=max(found.st_ctime_ns, attributes.ctime_ns),
+        )
 
-    def fstat(self, ino: int) -> os.stat_result | None:
-        """Of a nameless inode that is open."""
-        for handle in self._handles.values():
-            if handle.ino == ino:
-                return os.fstat(handle.fd)
-        return None
+    def descriptor(self, ino: int) -> int | None:
+        """Of an open file, preferably a writable one."""
+        found = [handle for handle in self._handles.values() if handle.ino == ino]
+        return max(found, key=lambda handle: handle.writable).fd if found else None
+
+    def has_writer(self, ino: int) -> bool:
+        return any(handle.ino == ino and handle.writable for handle in self._handles.values())
 
     # --- parts --------------------------------------------------------------------------------------------
 

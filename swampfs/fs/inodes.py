@@ -18,7 +18,6 @@ class Orphan:
 
     node: Node
     content: str | None
-    owned: bool = True  # remove the content at FORGET; not so when it merely moved to the other tier
 
 
 class Inodes:
@@ -27,6 +26,14 @@ class Inodes:
     def __init__(self) -> None:
         self._lookups: dict[int, int] = {}
         self.orphans: dict[int, Orphan] = {}
+        self._aliases: dict[int, int] = {}  # renamed to the other tier: the kernel still says the old inode
+
+    def alias(self, old: int, new: int) -> None:
+        """A file got another inode by a rename across tiers; until FORGET both numbers mean it."""
+        self._aliases[old] = new
+
+    def resolve(self, ino: int) -> int:
+        return self._aliases.get(ino, ino)
 
     def looked_up(self, ino: int) -> None:
         self._lookups[ino] = self._lookups.get(ino, 0) + 1
@@ -44,7 +51,8 @@ class Inodes:
             self._lookups[ino] = left
             return False
         self._lookups.pop(ino, None)
+        self._aliases.pop(ino, None)
         orphan = self.orphans.pop(ino, None)
-        if orphan is not None and orphan.owned and orphan.content is not None and os.path.lexists(orphan.content):
+        if orphan is not None and orphan.content is not None and os.path.lexists(orphan.content):
             os.unlink(orphan.content)
         return True

@@ -7,12 +7,17 @@ distributed) lock files live here and nowhere else. Errors are the operating sys
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
+from swampfs.errors import FileError
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Change, of_stat, stale
 from swampfs.names import RelPath, is_always_local, join, parent_of
 from swampfs.settings import TierPolicy
+
+_OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL
+_SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LocalTier:
@@ -72,10 +77,10 @@ class LocalTier:
     def make_parents(self, rel: RelPath) -> None:
         os.makedirs(self.path(parent_of(rel)), exist_ok=True)
 
-    def mkdir(self, rel: RelPath, mode: int) -> Attributes:
+    def mkdir(self, rel: RelPath, mode: int, owner: tuple[int, int]) -> Attributes:
         self.make_parents(rel)
         os.mkdir(self.path(rel), mode & 0o7777)
-        return self._existing(rel)
+        return self._owned(rel, mode, owner)
 
     def symlink(self, rel: RelPath, target: str) -> Attributes:
         self.make_parents(rel)
@@ -85,15 +90,21 @@ class LocalTier:
     def readlink(self, ino: int) -> str:
         return os.readlink(self.path(self.rel(ino)))
 
-    def create(self, rel: RelPath, flags: int, mode: int) -> tuple[int, Attributes]:
+    def create(self, rel: RelPath, flags: int, mode: int, owner: tuple[int, int]) -> tuple[int, Attributes]:
         self.make_parents(rel)
-        fd = os.open(self.path(rel), flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode & 0o7777)
-        return fd, self._existing(rel)
+        is_new = not os.path.lexists(self.path(rel))
+        fd = os.open(self.path(rel), (flags & _OPEN_FLAGS) | os.O_CREAT | _SAFELY, mode & 0o7777)
+        return fd, self._owned(rel, mode, owner) if is_new else self._existing(rel)
 
     def open(self, ino: int, flags: int) -> int:
-        return os.open(self.path(self.rel(ino)), (flags & ~os.O_CREAT) | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(self.path(self.rel(ino)), (flags & _OPEN_FLAGS & ~os.O_EXCL) | _SAFELY)
+        if os.fstat(fd).st_ino + LOCAL_BASE != ino:
+            os.close(fd)
+            raise stale(ino)
+        return fd
 
     def unlink(self, rel: RelPath) -> None:
+        self._drop(rel)
         os.unlink(self.path(rel))
 
     def rmdir(self, rel: RelPath) -> None:
@@ -109,33 +120,73 @@ class LocalTier:
 
     def rename(self, source: RelPath, target: RelPath) -> None:
         self.make_parents(target)
+        self._drop(target)
         os.rename(self.path(source), self.path(target))
         self._moved(source, target)
 
+    def would_strand(self, source: RelPath, target: RelPath) -> bool:
+        """Whether a local file below a datastore directory would lose its place if that directory were renamed."""
+        for directory, _, names in os.walk(self.path(source)):
+            below = os.path.relpath(directory, self.path(source))
+            for name in names:
+                rel = os.path.normpath(os.path.join(below, name))
+                if self.owns(f"{source}/{rel}") and not self.owns(f"{target}/{rel}"):
+                    return True
+        return False
+
     def move_shadow(self, source: RelPath, target: RelPath) -> None:
         """A datastore directory was renamed: local files below its name follow."""
-        if os.path.isdir(self.path(source)) and not os.path.lexists(self.path(target)):
-            self.rename(source, target)
+        if os.path.isdir(self.path(source)):
+            self.drop_empty(target)
+            if not os.path.lexists(self.path(target)):
+                self.rename(source, target)
 
-    def take(self, rel: RelPath, content: str) -> None:
+    def take(self, rel: RelPath, content: str, mode: int) -> Attributes:
         """A datastore file was renamed to a local name: move its content here, over what was there."""
         self.make_parents(rel)
+        self._drop(rel)
+        os.chmod(content, mode)
         shutil.move(content, self.path(rel))
+        return self._existing(rel)
 
-    def setattr(self, ino: int, change: Change) -> Attributes:
-        path = self.path(self.rel(ino))
+    def setattr(self, ino: int, change: Change, fd: int | None) -> None:
+        """Change attributes by name, or through a descriptor once the name is gone."""
+        path: str | int
+        try:
+            path = self.path(self.rel(ino))
+            if os.lstat(path).st_ino + LOCAL_BASE != ino:
+                raise stale(ino)
+        except (FileError, FileNotFoundError):
+            if fd is None:
+                raise stale(ino) from None
+            path = fd
+        follow = isinstance(path, int)  # a descriptor knows no links
         if change.size is not None:
             os.truncate(path, change.size)
         if change.mode is not None:
             os.chmod(path, change.mode & 0o7777)
         if change.uid is not None or change.gid is not None:
-            os.lchown(path, -1 if change.uid is None else change.uid, -1 if change.gid is None else change.gid)
+            uid, gid = (-1 if value is None else value for value in (change.uid, change.gid))
+            os.chown(path, uid, gid, follow_symlinks=follow)
         if change.mtime_ns is not None or change.atime_ns is not None:
-            found = os.lstat(path)
+            found = os.stat(path, follow_symlinks=follow)
             atime = found.st_atime_ns if change.atime_ns is None else change.atime_ns
             mtime = found.st_mtime_ns if change.mtime_ns is None else change.mtime_ns
-            os.utime(path, ns=(atime, mtime), follow_symlinks=False)
-        return self.attributes(ino)
+            os.utime(path, ns=(atime, mtime), follow_symlinks=follow)
+
+    def _owned(self, rel: RelPath, mode: int, owner: tuple[int, int]) -> Attributes:
+        """What was just made has the mode its maker asked for (the daemon's umask is not theirs), and its owner."""
+        os.chmod(self.path(rel), mode & 0o7777)
+        if os.geteuid() == 0:
+            os.chown(self.path(rel), *owner)
+        return self._existing(rel)
+
+    def _drop(self, rel: RelPath) -> None:
+        """The name is about to leave its inode."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            ino = os.lstat(self.path(rel)).st_ino + LOCAL_BASE
+            if self._paths.get(ino) == rel:
+                del self._paths[ino]
 
     def _existing(self, rel: RelPath) -> Attributes:
         found = self.lookup(rel)

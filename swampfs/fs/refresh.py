@@ -41,6 +41,9 @@ class Refresh:
             if self.last_error is None:
                 log.info("refresh failed: %s", error.line())
             self.last_error = error.line()
+        except Exception as error:  # this task must outlive whatever a poll meets
+            self.last_error = f"refresh failed: {error!r}"
+            log.exception("refresh failed")
         else:
             if self.last_error is not None:
                 log.info("refresh works again")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 from collections.abc import Callable
 
-from swampfs.fs.attributes import Change, fail, stale
+from swampfs.fs.attributes import Attributes, Change, fail, stale
 from swampfs.fs.files import Files
 from swampfs.fs.inodes import Inodes, Orphan
 from swampfs.names import RelPath, check_name, is_scratch, join, rel_path
@@ -34,7 +36,7 @@ class Tree:
     def directory(self, ino: int) -> Node:
         node = self._catalog.node(ino)
         if node is None:
-            raise stale(ino)
+            raise fail(errno.ENOENT, "a removed directory") if ino in self._inodes.orphans else stale(ino)
         if not node.is_dir:
             raise fail(errno.ENOTDIR, node.path)
         return node
@@ -96,7 +98,14 @@ class Tree:
             raise fail(errno.ENOTEMPTY, node.path)
         self._sync.cache.remove_dir(node.path)
         self._catalog.remove(node)
+        if self._inodes.is_held(node.ino):
+            self._inodes.orphans[node.ino] = Orphan(node, None)
         return node
+
+    def replaced_remotely(self, node: Node) -> None:
+        """The name of this inode stands for other content now, or for none."""
+        self._unname(node)
+        self._sync.cache.remove(node.path)
 
     def _unname(self, node: Node) -> None:
         """The node loses its name; while the kernel holds the inode, its content stays reachable."""
@@ -196,39 +205,41 @@ class Tree:
 
     # --- across tiers -------------------------------------------------------------------------------------
 
-    async def surrender(self, node: Node, take: Callable[[str], None], alias: str) -> None:
+    async def surrender(self, node: Node, take: Callable[[str, int], Attributes]) -> None:
         """A datastore file is renamed to a local name: hand its content to ``take`` and forget it here."""
-        if node.is_dir:
+        if node.is_dir or self._files.has_writer(node.ino):
             raise fail(errno.EXDEV, node.path)
         node = await self._files.make_local(node)
+        taken = take(self._sync.cache.path(node.path), node.mode)
         self._sync.mark_deleted(node)
-        take(self._sync.cache.path(node.path))
         self._catalog.remove(node)
         self._files.lost_name(node.ino)
-        self._inodes.orphans[node.ino] = Orphan(node, alias, owned=False)
+        self._inodes.alias(node.ino, taken.ino)
         self._on_dirty(node.path)
 
-    def adopt(self, content: str, parent: Node, name: str) -> Node:
-        """A local file is renamed to a datastore name: its content becomes a new, dirty file there."""
+    def adopt(self, content: str, ino: int, parent: Node, name: str) -> Node:
+        """A local file is renamed to a datastore name: its content becomes a new, dirty file there.
+
+        ``ino`` is its inode in the local tier. The source goes last: a crash before that leaves it where it was.
+        """
+        found = os.lstat(content)
+        if not stat.S_ISREG(found.st_mode) or self._files.has_writer(ino):
+            raise fail(errno.EXDEV, content)  # what mv(1) answers by copying
         path = self.child_path(parent, name)
         over = self._catalog.child(parent.ino, name)
         if over is not None and over.is_dir:
             raise fail(errno.EISDIR, path)
-        found = os.stat(content)
         staged = self._sync.cache.stage()
-        try:
-            os.rename(content, staged)
-        except OSError as error:
-            if error.errno == errno.EXDEV:
-                raise fail(errno.EXDEV, path) from None
-            raise
+        shutil.copyfile(content, staged)
         if over is not None:
             self._sync.mark_dirty(over)
             self._unname(over)
             self._catalog.remove(over)
-        node = self.create(parent, name, found.st_mode, (-1, -1))
+        node = self.create(parent, name, found.st_mode, (found.st_uid, found.st_gid))
         self._sync.mark_dirty(node)
         self._sync.cache.admit(staged, path, found.st_mtime_ns)
         self._catalog.set_content(node.ino, found.st_size, found.st_mtime_ns, Residency.DIRTY)
+        os.unlink(content)
+        self._inodes.alias(ino, node.ino)
         self._on_dirty(path)
         return node

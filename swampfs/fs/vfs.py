@@ -39,7 +39,9 @@ class FileSystem:
         self.sync = sync
         self.inodes = Inodes()
         self.files = Files(sync, local, self.inodes, owner, on_dirty)
+        sync.is_open = self.files.is_being_written
         self.tree = Tree(sync, self.files, self.inodes, on_dirty)
+        sync.drop_content = self.tree.replaced_remotely
         self._catalog = sync.catalog
         self._local = local
         self._owner = owner
@@ -69,33 +71,42 @@ class FileSystem:
         return found
 
     def getattr(self, ino: int) -> Attributes:
+        ino = self.inodes.resolve(ino)
         if ino in self.inodes.orphans:
             return self._orphan_attributes(ino)
         if ino >= LOCAL_BASE:
             try:
                 return self._local.attributes(ino)
             except FileError:
-                found = self.files.fstat(ino)
-                if found is None:
-                    raise
-                return of_stat(found, ino)
+                return of_stat(self._fstat(ino), ino)
         node = self._catalog.node(ino)
         if node is None:
             raise stale(ino)
         return self.files.attributes(node)
 
+    def _fstat(self, ino: int) -> os.stat_result:
+        """Of an open file without a name. Raises ESTALE if it is not open."""
+        descriptor = self.files.descriptor(ino)
+        if descriptor is None:
+            raise stale(ino)
+        return os.fstat(descriptor)
+
     def _orphan_attributes(self, ino: int) -> Attributes:
         orphan = self.inodes.orphans[ino]
         attributes = of_node(orphan.node, self._owner, nlink=0)
-        found = self.files.fstat(ino)
-        if found is None and orphan.content is not None and os.path.exists(orphan.content):
+        descriptor = self.files.descriptor(ino)
+        if descriptor is not None:
+            found = os.fstat(descriptor)
+        elif orphan.content is not None and os.path.exists(orphan.content):
             found = os.stat(orphan.content)
-        if found is None:
+        else:
             return attributes
         return attributes._replace(size=found.st_size, blocks=found.st_blocks, mtime_ns=found.st_mtime_ns)
 
     def readdir(self, ino: int, after: int) -> Iterator[tuple[str, Attributes]]:
         """Entries whose inode is greater than ``after``, in inode order: positions survive concurrent change."""
+        if ino in self.inodes.orphans:
+            return  # removed while open
         if ino >= LOCAL_BASE:
             children = self._local.children(self._local.rel(ino))
         else:
@@ -143,7 +154,7 @@ class FileSystem:
     def mkdir(self, parent: int, name: str, mode: int, owner: tuple[int, int]) -> Attributes:
         directory, path = self._place(parent, name)
         if directory is None:
-            found = self._local.mkdir(path, mode)
+            found = self._local.mkdir(path, mode, owner)
         else:
             found = self.files.attributes(self.tree.mkdir(directory, name, mode, owner))
         self.inodes.looked_up(found.ino)
@@ -153,7 +164,7 @@ class FileSystem:
         """Make and open a file. Returns handle and attributes."""
         directory, path = self._place(parent, name)
         if directory is None:
-            number, found = self.files.create_local(path, flags, mode)
+            number, found = self.files.create_local(path, flags, mode, owner)
         else:
             node = self.tree.create(directory, name, mode, owner)
             number = self.files.create(node, flags)
@@ -205,22 +216,37 @@ class FileSystem:
         source, source_path = self._end(parent, name)
         target, target_path = self._end(new_parent, new_name)
         if source is not None and target is not None:
-            moved = await self.tree.rename(source, name, target, new_name, replace=replace)
-            self._local.move_shadow(source_path, moved)
+            await self._rename_within(source, name, target, new_name, replace)
             return
-        if not replace and self.sync.catalog.at(target_path) is None and self._local.lookup(target_path) is not None:
+        if not replace and self.lookup_exists(target_path):
             raise fail(errno.EEXIST, target_path)
         if source is None and target is None:
             self._local.rename(source_path, target_path)
         elif source is not None:
             node = self.tree.existing(source, name)
-            await self.tree.surrender(
-                node, lambda content: self._local.take(target_path, content), self._local.path(target_path)
-            )
+            await self.tree.surrender(node, lambda content, mode: self._local.take(target_path, content, mode))
             self._invalidate([TreeChange(new_parent, new_name, 0, content=False)])
         elif target is not None:
-            self.tree.adopt(self._local.path(source_path), target, new_name)
+            found = self._local.lookup(source_path)
+            if found is None:
+                raise fail(errno.ENOENT, source_path)
+            self.tree.adopt(self._local.path(source_path), found.ino, target, new_name)
             self._invalidate([TreeChange(new_parent, new_name, 0, content=False)])
+
+    def lookup_exists(self, path: RelPath) -> bool:
+        """Whether a name exists in either tier."""
+        return self._catalog.at(path) is not None or self._local.lookup(path) is not None
+
+    async def _rename_within(self, source: Node, name: str, target: Node, new_name: str, replace: bool) -> None:
+        """Within the datastore tier; local files below a renamed directory go with it."""
+        old, new = join(source.path, name), join(target.path, new_name)
+        if self.tree.existing(source, name).is_dir:
+            if self._local.children(new):
+                raise fail(errno.ENOTEMPTY, new)
+            if self._local.would_strand(old, new):
+                raise fail(errno.EXDEV, new)
+        moved = await self.tree.rename(source, name, target, new_name, replace=replace)
+        self._local.move_shadow(old, moved)
 
     def _end(self, parent: int, name: str) -> tuple[Node | None, RelPath]:
         """One end of a rename: the datastore directory it is in, or ``None`` for the local tier."""
@@ -237,19 +263,33 @@ class FileSystem:
     async def open(self, ino: int, flags: int) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._require_writable()
-        return await self.files.open(ino, flags)
+        return await self.files.open(self.inodes.resolve(ino), flags)
 
     async def setattr(self, ino: int, change: Change) -> Attributes:
         self._require_writable()
+        ino = self.inodes.resolve(ino)
         if ino in self.inodes.orphans:
-            orphan = self.inodes.orphans[ino]
-            if change.size is not None and orphan.content is not None:
-                os.truncate(orphan.content, change.size)
-            return self._orphan_attributes(ino)
-        if ino >= LOCAL_BASE:
-            return self._local.setattr(ino, change)
-        node = self._catalog.node(ino)
-        if node is None:
-            raise stale(ino)
-        await self.tree.setattr(node, change)
+            self._set_orphan_attributes(ino, change)
+        elif ino >= LOCAL_BASE:
+            self._local.setattr(ino, change, self.files.descriptor(ino))
+        else:
+            node = self._catalog.node(ino)
+            if node is None:
+                raise stale(ino)
+            await self.tree.setattr(node, change)
         return self.getattr(ino)
+
+    def _set_orphan_attributes(self, ino: int, change: Change) -> None:
+        orphan = self.inodes.orphans[ino]
+        descriptor = self.files.descriptor(ino)
+        where = orphan.content if descriptor is None else descriptor
+        if where is not None:
+            if change.size is not None:
+                os.truncate(where, change.size)
+            if change.mtime_ns is not None:
+                os.utime(where, ns=(change.mtime_ns, change.mtime_ns))
+        orphan.node = orphan.node._replace(
+            mode=orphan.node.mode if change.mode is None else change.mode & 0o7777,
+            uid=orphan.node.uid if change.uid is None else change.uid,
+            gid=orphan.node.gid if change.gid is None else change.gid,
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import trio
 
@@ -31,9 +31,8 @@ _FLUSH_RETRY_S = 0.2
 class Writeback:
     """The push task. ``touch`` is called by the file system, ``flush`` by the control socket and unmount."""
 
-    def __init__(self, sync: SyncService, is_open: Callable[[str], bool], delay_s: float) -> None:
+    def __init__(self, sync: SyncService, delay_s: float) -> None:
         self._sync = sync
-        self._is_open = is_open
         self._delay_s = delay_s
         self._due: dict[Group, float] = {}
         self._first: dict[Group, float] = {}
@@ -75,14 +74,22 @@ class Writeback:
                 self._first.pop(group, None)
             try:
                 report = await self._push(groups)
-            except (SwampfsError, OSError) as error:
-                self.last_error = error.line() if isinstance(error, SwampfsError) else str(error)
-                log.info("push failed, retrying in %.0f s: %s", backoff, error)
+            except Exception as error:  # this task must outlive whatever a push meets
+                self.last_error = _line(error)
+                if isinstance(error, SwampfsError | OSError):
+                    log.info("push failed, retrying in %.0f s: %s", backoff, error)
+                else:
+                    log.exception("push failed")
                 self._again(groups, backoff)
                 backoff = min(backoff * 2, _LAST_BACKOFF_S)
             else:
-                backoff = _FIRST_BACKOFF_S
-                self.last_error = None
+                if report.failure is None:
+                    backoff, self.last_error = _FIRST_BACKOFF_S, None
+                else:
+                    self.last_error = _line(report.failure)
+                    log.info("some files were not pushed, retrying in %.0f s: %s", backoff, report.failure)
+                    self._again(groups, backoff)
+                    backoff = min(backoff * 2, _LAST_BACKOFF_S)
                 self.conflicts += len(report.conflicts)
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)
@@ -105,7 +112,7 @@ class Writeback:
                 self._wake.set()
                 await done.wait()
                 left = self._left(wanted)
-                if left and all(self._is_open(path) for path in left):
+                if left and all(self._sync.is_open(path) for path in left):
                     raise PushPendingError(
                         f"{len(left)} file(s) are still open for writing, among them {left[0]}",
                         remedy="close them and flush again",
@@ -145,5 +152,8 @@ class Writeback:
         paths = [path for path in self.pending() if model_of(path) in groups]
         if not paths:
             return PushReport()
-        models = {model for path in paths if (model := model_of(path)) is not None}
-        return await self._sync.push_changed(paths, models, self._is_open)
+        return await self._sync.push_changed(paths)
+
+
+def _line(error: Exception) -> str:
+    return error.line() if isinstance(error, SwampfsError) else f"push failed: {error!r}"

@@ -20,6 +20,7 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, Req
 from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Change
 from swampfs.fs.vfs import FileSystem
+from swampfs.state.schema import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 # Exact invalidation makes long timeouts safe (architecture §4).
 CACHE_S = 3600.0
 _BLOCK = 4096
+_LONGEST_NAME = 255
 
 
 def _text(name: bytes) -> str:
@@ -48,7 +50,9 @@ def _handler(fn: F) -> F:
             raise
         except (SwampfsError, OSError) as error:
             raise FUSEError(error.errno or errno.EIO) from None
-        except Exception:
+        except Exception as error:
+            if is_disk_full(error):
+                raise FUSEError(errno.ENOSPC) from None
             log.exception("%s failed", fn.__name__)
             raise FUSEError(errno.EIO) from None
 
@@ -82,7 +86,12 @@ class Operations(pyfuse3.Operations):
 
     @_handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        found = self._fs.lookup(parent_inode, _text(name))
+        if len(name) > _LONGEST_NAME:
+            raise FUSEError(errno.ENAMETOOLONG)
+        try:
+            found = self._fs.lookup(parent_inode, name.decode())
+        except UnicodeDecodeError:
+            found = None  # no such name can exist here
         if found is None:
             negative = pyfuse3.EntryAttributes()
             negative.st_ino = 0
@@ -94,6 +103,7 @@ class Operations(pyfuse3.Operations):
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         return _entry(self._fs.getattr(inode))
 
+    @_handler
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
             self._fs.forget(inode, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import subprocess
 
@@ -17,6 +18,9 @@ from swampfs.records import TreeChange
 from swampfs.settings import MountSettings
 from swampfs.threads import Lane, Threads
 
+log = logging.getLogger(__name__)
+
+_PROBE_S = 10.0
 _MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
 
 
@@ -78,7 +82,10 @@ class Invalidator:
             await self._wake.wait()
             self._wake = trio.Event()
             batch, self._queue = self._queue, []
-            await self._threads.read(Lane.KERNEL, _invalidate, batch)
+            try:
+                await self._threads.read(Lane.KERNEL, _invalidate, batch)
+            except OSError as error:
+                log.info("the kernel refused an invalidation: %s", error)
 
 
 def _invalidate(changes: list[TreeChange]) -> None:
@@ -94,8 +101,20 @@ def _invalidate(changes: list[TreeChange]) -> None:
 def is_stale(mountpoint: str) -> bool:
     """Whether a crashed mount still covers the directory.
 
-    Asks for statfs, which no kernel cache answers: a dead mount's root may still be in the attribute cache.
+    Asks for statfs, which no kernel cache answers: a dead mount's root may still be in the attribute cache. The first
+    asking is left to another process, because a mount that is alive but stuck would keep us for ever.
+
+    Raises MountError for such a mount.
     """
+    silent = subprocess.DEVNULL
+    probe = subprocess.Popen(["stat", "-f", mountpoint], stdout=silent, stderr=silent)  # noqa: S603, S607
+    try:
+        probe.wait(_PROBE_S)
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        raise MountError(
+            f"the mount at {mountpoint} does not answer", remedy="`swampfs umount --lazy` detaches it"
+        ) from None
     try:
         os.statvfs(mountpoint)
     except OSError as error:

@@ -7,7 +7,7 @@ decides (architecture rule 2). Deletes apply only to rows that were read from th
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from swampfs.names import RelPath, is_servable, parent_of
@@ -19,7 +19,7 @@ class Applied(NamedTuple):
     """Result of :func:`apply_delta`."""
 
     changes: list[TreeChange]
-    stale: list[RelPath]  # local clean content that no longer belongs to its path
+    stale: list[Node]  # inodes whose name now stands for other content, or for none
     missing_parked: list[RelPath]  # our parked entries that vanished from the index (H6)
 
 
@@ -29,13 +29,21 @@ def apply_delta(catalog: Catalog, delta: IndexDelta, dirty: Container[str]) -> A
     catalog.epoch += 1
     with catalog.transaction():
         known = catalog.partitions()
+        vanished = known.keys() - delta.kept - delta.changed.keys()
         work = _Work(catalog, dirty, applied, fresh=not known and not catalog.has_children(ROOT_INO))
-        for name, partition in delta.changed.items():
-            work.partition(name, partition)
-            catalog.db.execute("INSERT OR REPLACE INTO partition VALUES (?, ?)", (name, partition.etag))
-        for name in known.keys() - delta.kept - delta.changed.keys():
-            work.partition(name, Partition("", ()))
+        if not work.fresh:
+            # Removals first, over all partitions: a file may become a directory, or move to another partition.
+            staying = {entry.path for partition in delta.changed.values() for entry in partition.entries}
+            for name in (*delta.changed, *vanished):
+                work.remove_gone(name, staying)
+            work.prune()
+        for name in vanished:
             catalog.db.execute("DELETE FROM partition WHERE name = ?", (name,))
+        for name, partition in delta.changed.items():
+            complete = work.add_and_update(name, partition)
+            # Without its ETag a partition is read again by the next poll: it holds news for a path that was busy.
+            etag = partition.etag if complete else ""
+            catalog.db.execute("INSERT OR REPLACE INTO partition VALUES (?, ?)", (name, etag))
         work.finish()
         catalog.report(delta.findings)
         catalog.set_watermark(delta.watermark)
@@ -46,10 +54,10 @@ class _Work:
     """State of one application: what was seen, what must be reported."""
 
     def __init__(self, catalog: Catalog, dirty: Container[str], applied: Applied, *, fresh: bool) -> None:
+        self.fresh = fresh
         self._catalog = catalog
         self._dirty = dirty
         self._applied = applied
-        self._fresh = fresh
         self._now = time.time_ns()
         self._directories: dict[str, int] = {"": ROOT_INO}
         self._seen: set[str] = set()
@@ -58,33 +66,36 @@ class _Work:
         self._parked = set(catalog.parked())
         self._findings: list[Finding] = []
 
-    def partition(self, name: str, partition: Partition) -> None:
-        """Make the rows read from one partition equal to its entries."""
+    def remove_gone(self, name: str, staying: Container[str]) -> None:
+        """Remove rows read from a partition that it no longer holds."""
         self._catalog.db.execute("DELETE FROM finding WHERE partition = ?", (name,))
-        rows = self._catalog.db.execute("SELECT path FROM node WHERE partition = ?", (name,))
-        gone = set() if self._fresh else {row[0] for row in rows}
+        rows = self._catalog.db.execute("SELECT path FROM node WHERE partition = ?", (name,)).fetchall()
+        for path in sorted(row[0] for row in rows if row[0] not in staying):
+            self._remove(RelPath(path))
+
+    def add_and_update(self, name: str, partition: Partition) -> bool:
+        """Make rows equal to a partition's entries; returns whether none had to be passed over as busy."""
+        complete = True
         for entry in partition.entries:
-            gone.discard(entry.path)
             if not is_servable(entry.path):
                 continue
             # On a first mount most paths are new: skip a look-up per entry.
-            surely_new = self._fresh and entry.path not in self._seen and entry.path not in self._directories
+            surely_new = self.fresh and entry.path not in self._seen and entry.path not in self._directories
             node = None if surely_new else self._catalog.at(entry.path)
             self._seen.add(entry.path)
-            if node is None:
+            if entry.path in self._dirty or (node is not None and node.residency is Residency.DIRTY):
+                complete = complete and node is not None and entry == node.base
+            elif node is None:
                 self._add(entry, name)
             else:
                 self._update(node, entry, name)
-        for path in sorted(gone):
-            self._remove(RelPath(path))
+        return complete
 
     def _add(self, entry: IndexEntry, partition: str) -> None:
-        if entry.path in self._dirty:
-            return  # removed here, not pushed yet
         directory = parent_of(entry.path)
         parent = self._directories.get(directory)
         if parent is None:
-            missing = self._missing_directories(directory)
+            missing = self._catalog.missing_directories(entry.path)
             try:
                 parent = self._catalog.make_parents(entry.path)
             except NotADirectoryError as error:
@@ -93,41 +104,36 @@ class _Work:
             self._directories[directory] = parent
             self._note_created(missing)
         ino = self._catalog.add_remote(parent, entry, partition, self._now)
-        self._newest[parent] = max(self._newest.get(parent, 0), entry.mtime_ns if self._fresh else self._now)
-        if not self._fresh:
+        self._newest[parent] = max(self._newest.get(parent, 0), entry.mtime_ns if self.fresh else self._now)
+        if not self.fresh:
             self._applied.changes.append(TreeChange(parent, entry.path.rpartition("/")[2], ino, content=False))
 
-    def _missing_directories(self, directory: str) -> list[str]:
-        """Ancestors, outermost last, that the next insert will create."""
-        missing = []
-        while directory and directory not in self._directories and self._catalog.at(directory) is None:
-            missing.append(directory)
-            directory = directory.rpartition("/")[0]
-        return missing
-
-    def _note_created(self, directories: list[str]) -> None:
+    def _note_created(self, directories: Sequence[str]) -> None:
         for directory in directories:
             node = self._catalog.at(directory)
             assert node is not None
             self._directories[directory] = node.ino
-            if not self._fresh:
+            if not self.fresh:
                 self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+                self._newest[node.parent] = self._now
 
     def _update(self, node: Node, entry: IndexEntry, partition: str) -> None:
         if node.is_dir:
             self._clash(entry.path, "it is both a file and a directory", partition)
             return
-        if entry.path in self._dirty:
-            return
         if node.base == entry and node.partition == partition:
             return
         same = entry.same_content(node.base)
-        self._catalog.settle(entry, partition, clean=False)
         if same:
+            self._catalog.settle(entry, partition, clean=False)
             return
-        self._applied.stale.append(entry.path)
-        self._catalog.set_content(node.ino, entry.size, entry.mtime_ns or self._now, Residency.STUB)
-        self._applied.changes.append(TreeChange(node.parent, "", node.ino, content=True))
+        # New content is a new inode, as when a file is renamed over: who has the old one open goes on reading it, and
+        # no page of it can ever be taken for the new.
+        self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
+        ino = self._catalog.add_remote(node.parent, entry, partition, self._now)
+        self._catalog.set_attributes(ino, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=None)
+        self._applied.stale.append(node)
+        self._applied.changes.append(TreeChange(node.parent, node.name, 0, content=False))
 
     def _remove(self, path: RelPath) -> None:
         if path in self._dirty:
@@ -136,21 +142,24 @@ class _Work:
             self._applied.missing_parked.append(path)
             return
         node = self._catalog.at(path)
-        if node is None:
+        if node is None or node.residency is Residency.DIRTY:
             return
         self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
-        self._applied.stale.append(path)
-        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=True))
+        self._applied.stale.append(node)
+        self._applied.changes.append(TreeChange(node.parent, node.name, 0, content=False))
         self._newest[node.parent] = self._now
         self._removed_from.add(parent_of(path))
 
-    def finish(self) -> None:
-        """Directory times, and directories that only existed for files now gone."""
+    def prune(self) -> None:
+        """Remove directories that only existed for files now gone."""
         for directory in sorted(self._removed_from, key=len, reverse=True):
             self._prune(directory)
+
+    def finish(self) -> None:
+        """Times of directories whose entries changed."""
         for ino, mtime_ns in self._newest.items():
             self._catalog.touch(ino, mtime_ns)
-            if not self._fresh:
+            if not self.fresh:
                 self._applied.changes.append(TreeChange(ino, "", ino, content=False))
         self._catalog.report(self._findings)
 

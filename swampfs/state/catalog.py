@@ -157,6 +157,15 @@ class Catalog:
         )  # fmt: skip
         return int(cursor.lastrowid or 0)
 
+    def missing_directories(self, path: RelPath) -> list[RelPath]:
+        """Ancestors of a path, innermost first, that :meth:`make_parents` would create."""
+        missing = []
+        directory = parent_of(path)
+        while directory and self.at(directory) is None:
+            missing.append(directory)
+            directory = parent_of(directory)
+        return missing
+
     def add_remote(self, parent: int, entry: IndexEntry, partition: str, now: int) -> int:
         """Insert a file as its index entry describes it; returns its inode."""
         cursor = self.db.execute(
@@ -273,6 +282,14 @@ class Catalog:
     def partitions(self) -> dict[str, str]:
         """Partition name → ETag last applied."""
         return dict(self.db.execute("SELECT name, etag FROM partition"))
+
+    def read_again(self, partition: str) -> None:
+        """Have the next poll read a partition whatever its ETag."""
+        self.db.execute("UPDATE partition SET etag = '' WHERE name = ?", (partition,))
+
+    def look_again(self) -> bool:
+        """Whether some partition must be read whatever its ETag: it holds news for a path that was busy."""
+        return self.db.execute("SELECT 1 FROM partition WHERE etag = ''").fetchone() is not None
 
     def park(self, paths: Iterable[RelPath]) -> None:
         self.db.executemany("INSERT OR REPLACE INTO parked VALUES (?, 0)", [(path,) for path in paths])

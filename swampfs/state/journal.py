@@ -6,6 +6,7 @@ records here; absence on disk never is one (architecture rule 5, lessons 1, 3, 9
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -24,17 +25,24 @@ class Journal:
     """Durable set of :class:`DirtyPath`. All calls are on the loop thread; each mark is one fsynced commit."""
 
     def __init__(self, path: str) -> None:
-        self.lost: str | None = None
-        """Where a damaged journal was moved to; the caller must then walk the cache (sync/replay.py)."""
+        self.lost = not os.path.exists(path)
+        """Whether earlier records, if there were any, are gone (new or damaged file); see sync/replay.py."""
         try:
             self._db = open_database(path, JOURNAL, JOURNAL_VERSION, "FULL")
         except SchemaError:
-            self.lost = set_aside(path)
+            set_aside(path)
+            self.lost = True
             self._db = open_database(path, JOURNAL, JOURNAL_VERSION, "FULL")
+        self._ops: dict[str, Op] = {}
+        self._sealed: set[str] = set()  # snapshot taken: the next write opens a new generation
+        self._in_flight: set[str] = set()  # being pushed: may be in the datastore a moment from now
+        self._generation = 0
+        self._load()
+
+    def _load(self) -> None:
         rows = self._db.execute("SELECT path, op, generation FROM dirty").fetchall()
-        self._ops: dict[str, Op] = {path: Op(op) for path, op, _ in rows}
-        self._sealed: set[str] = set()
-        self._generation = max((generation for _, _, generation in rows), default=0)
+        self._ops = {path: Op(op) for path, op, _ in rows}
+        self._generation = max([self._generation, *(generation for _, _, generation in rows)])
 
     def close(self) -> None:
         self._db.close()
@@ -64,7 +72,7 @@ class Journal:
     def mark_delete(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
         """Announce a removal. A path that never was in the datastore is simply forgotten."""
         known = self.get(path)
-        if (known.base if known else base) is None and path not in self._sealed:
+        if (known.base if known else base) is None and path not in self._in_flight:
             self.forget(path)
         else:
             self._put(path, Op.DELETE, base, partition)
@@ -80,12 +88,16 @@ class Journal:
         ``moves`` pairs the record of each source file with that of its target, ``None`` for a target that is never
         published; their ``generation`` is ignored.
         """
-        with transaction(self._db):
-            cursor = self._db.execute("INSERT INTO intent (source, target) VALUES (?, ?)", (source, target))
-            for old, new in moves:
-                self.mark_delete(old.path, old.base, old.partition)
-                if new is not None:
-                    self._put(new.path, Op.WRITE, new.base, new.partition)
+        try:
+            with transaction(self._db):
+                cursor = self._db.execute("INSERT INTO intent (source, target) VALUES (?, ?)", (source, target))
+                for old, new in moves:
+                    self.mark_delete(old.path, old.base, old.partition)
+                    if new is not None:
+                        self._put(new.path, Op.WRITE, new.base, new.partition)
+        except sqlite3.Error:
+            self._load()  # the transaction was rolled back; what we remember must be too
+            raise
         return Intent(int(cursor.lastrowid or 0), source, target)
 
     def intents(self) -> list[Intent]:
@@ -113,11 +125,27 @@ class Journal:
         """Snapshot records for a push: from now on a further write to one of them opens a new generation."""
         sealed = [record for path in paths if (record := self.get(path)) is not None]
         self._sealed.update(record.path for record in sealed)
+        self._in_flight.update(record.path for record in sealed)
         return sealed
 
     def unseal(self, paths: Iterable[str]) -> None:
-        """A push gave these up; their records stand."""
+        """A push is over; the records it did not retire stand."""
+        paths = list(paths)
         self._sealed.difference_update(paths)
+        self._in_flight.difference_update(paths)
+
+    def note_sent(self, entries: Iterable[tuple[DirtyPath, IndexEntry]]) -> None:
+        """About to commit these: should the answer be lost, the next push knows its own bytes again."""
+        with transaction(self._db):
+            self._db.executemany(
+                "UPDATE dirty SET sent_size = ?, sent_sha256 = ? WHERE path = ? AND generation = ?",
+                [(entry.size, entry.sha256, record.path, record.generation) for record, entry in entries],
+            )
+
+    def was_sent(self, path: str, entry: IndexEntry) -> bool:
+        """Whether an earlier push of this machine uploaded exactly this content for the path."""
+        row = self._db.execute("SELECT sent_size, sent_sha256 FROM dirty WHERE path = ?", (path,)).fetchone()
+        return row is not None and row[1] is not None and (row[0], row[1]) == (entry.size, entry.sha256)
 
     def retire(self, done: Sequence[tuple[DirtyPath, IndexEntry | None, str | None]]) -> set[str]:
         """Drop the records a commit made true; returns their paths.
@@ -135,8 +163,8 @@ class Journal:
                     self._ops.pop(record.path, None)
                 else:
                     self._db.execute(
-                        "UPDATE dirty SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?"
-                        " WHERE path = ?",
+                        "UPDATE dirty SET sent_size=NULL, sent_sha256=NULL, partition=?, base_size=?, base_sha256=?,"
+                        " base_modified=?, base_mtime=? WHERE path = ?",
                         (*_base_columns(entry, partition), record.path),
                     )
         self._sealed.difference_update(record.path for record, _, _ in done)

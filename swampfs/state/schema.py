@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from swampfs.errors import StateError
+
 CATALOG_VERSION = 1
 JOURNAL_VERSION = 1
 
@@ -55,7 +57,9 @@ CREATE TABLE dirty (
     base_size     INTEGER,
     base_sha256   TEXT,
     base_modified TEXT,
-    base_mtime    TEXT
+    base_mtime    TEXT,
+    sent_size     INTEGER,                            -- what a push uploaded and meant to commit: if its outcome was
+    sent_sha256   TEXT                                -- lost, finding this in the index is no conflict
 ) STRICT;
 CREATE TABLE intent (id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, target TEXT NOT NULL) STRICT;
 """
@@ -84,11 +88,19 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
             raise SchemaError(f"{path} is damaged")
     except sqlite3.DatabaseError as error:
         db.close()
-        raise SchemaError(f"{path}: {error}") from error
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            raise SchemaError(f"{path}: {error}") from error
+        # A full disk says nothing about the database: never set a healthy one aside for it.
+        raise StateError(f"{path} cannot be opened: {error}") from error
     except SchemaError:
         db.close()
         raise
     return db
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a database refused a change for want of room."""
+    return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
 
 
 def set_aside(path: str) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from swampfs.errors import AbsentError, IndexCorruptError, PreconditionError, StoreError
+from swampfs.errors import AbsentError, ConflictingWriteError, IndexCorruptError, PreconditionError, StoreError
 from swampfs.names import ROOT_PARTITION, Keyspace, RelPath, home_partition, partition_key
-from swampfs.provider import ABSENT, Precondition, matching
+from swampfs.provider import ABSENT, ALWAYS, Precondition, matching
 from swampfs.records import IndexDelta, IndexEntry, IndexMode, Partition, Watermark, timestamp
 from swampfs.sync.index import (
     MONOLITH,
@@ -48,7 +48,7 @@ class _Document:
     content: dict[str, Any]
     when: Precondition
     etag: str = ""
-    written: bool = False
+    base: dict[str, Any] = field(default_factory=dict)  # entries as of begin
 
 
 @dataclass(slots=True)
@@ -61,6 +61,8 @@ class Commit:
     parked: Sequence[IndexEntry]
     meta: Meta | None = None
     meta_etag: str = ""
+    mode_at_begin: IndexMode = IndexMode.MONOLITH
+    in_place: bool = False
     documents: dict[str, _Document] = field(default_factory=dict)  # partition → document
 
     @classmethod
@@ -75,6 +77,7 @@ class Commit:
         """Read meta, then every document a commit of ``paths`` touches."""
         commit = cls(remote, keys, known, parked)
         await commit._read_meta()
+        commit.mode_at_begin = commit.meta.mode if commit.meta else IndexMode.MONOLITH
         if commit.meta is None or commit.meta.mode is IndexMode.MONOLITH:
             await commit._read_monolith()
             return commit
@@ -93,9 +96,14 @@ class Commit:
                 return entry
         return None
 
+    def precondition(self, path: RelPath) -> Precondition:
+        """An object may be replaced at will: what names it is the index, which is fenced."""
+        return ALWAYS
+
     async def commit(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
         """Write content changes to the index: monolith then shards (v1), or shards then meta (v2)."""
-        if self.meta is not None and self.meta.mode is IndexMode.SHARDS:
+        await self._reread_meta()
+        if self.mode_at_begin is IndexMode.SHARDS:
             return await self._commit_shards([*puts, *self.parked], deletes)
         return await self._commit_monolith(puts, deletes)
 
@@ -110,12 +118,24 @@ class Commit:
         assert blob is not None
         self.meta, self.meta_etag = decode_meta(blob.body, self.keys.meta), blob.info.etag
 
+    async def _reread_meta(self) -> None:
+        """Under the global lock, once more (spec §7.3). Raises ConflictingWriteError if the index was migrated."""
+        try:
+            blob = await self.remote.get(self.keys.meta, unless=self.meta_etag)
+        except AbsentError:
+            blob, self.meta, self.meta_etag = None, None, ""
+        if blob is not None:
+            self.meta, self.meta_etag = decode_meta(blob.body, self.keys.meta), blob.info.etag
+        mode = self.meta.mode if self.meta else IndexMode.MONOLITH
+        if mode is not self.mode_at_begin:
+            raise ConflictingWriteError(f"{self.keys.meta} changed its version while files were uploaded")
+
     async def _read_shard(self, name: str) -> None:
         assert self.meta is not None
         key = self.keys.shard(name)
         if name not in self.meta.partitions:
             # Unlisted means "no entries" (H41), whatever an old object of that name may hold.
-            self.documents[name] = _Document(key, new_shard({}), ABSENT)
+            self.documents[name] = self._first(name, _Document(key, new_shard({}), ABSENT))
             return
         try:
             blob = await self.remote.get(key)
@@ -123,7 +143,13 @@ class Commit:
             raise IndexCorruptError(f"the index shard {key} is listed but missing; nothing was committed") from None
         assert blob is not None
         content = decode_shard(blob.body, key)
-        self.documents[name] = _Document(key, content, matching(blob.info.etag), blob.info.etag)
+        self.documents[name] = self._first(name, _Document(key, content, matching(blob.info.etag), blob.info.etag))
+
+    def _first(self, name: str, document: _Document) -> _Document:
+        """Remember the entries a document had when the transaction began, over re-readings."""
+        earlier = self.documents.get(name)
+        document.base = dict(entries_of(document.content, document.key)) if earlier is None else earlier.base
+        return document
 
     async def _read_monolith(self) -> None:
         key = self.keys.monolith
@@ -133,12 +159,13 @@ class Commit:
             partition, _ = await list_entries(self.remote, self.keys)
             entries: dict[str, Any] = {entry.path: encode_entry(entry) for entry in partition.entries}
             content = new_monolith(entries, timestamp(time.time_ns()))
-            self.documents[MONOLITH] = _Document(key, content, ABSENT)
+            self.documents[MONOLITH] = self._first(MONOLITH, _Document(key, content, ABSENT))
             return
         assert blob is not None
         content = decode_json(blob.body, key)
         entries_of(content, key)
-        self.documents[MONOLITH] = _Document(key, content, matching(blob.info.etag), blob.info.etag)
+        document = _Document(key, content, matching(blob.info.etag), blob.info.etag)
+        self.documents[MONOLITH] = self._first(MONOLITH, document)
 
     # --- version 2: shards, then meta ---------------------------------------------------------------------
 
@@ -159,33 +186,39 @@ class Commit:
         return self._delta_of_shards(touched, emptied, base_etag)
 
     async def _write(self, name: str, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> bool:
-        """Apply changes to one document and put it, re-reading as long as others are faster."""
-        for _ in range(_ATTEMPTS):
+        """Apply changes to one document and put it, re-reading as long as others are faster.
+
+        Returns whether the document changed. A put without an answer may have been applied; then reading it again
+        finds nothing left to change, and it still counts as changed.
+
+        Raises:
+            ConflictingWriteError: an entry we are about to replace is no longer the one our decision was based on.
+        """
+        for attempt in range(_ATTEMPTS):
             document = self.documents[name]
             entries = entries_of(document.content, document.key)
-            before = dict(entries)
+            after = dict(entries)
             for entry in puts:
-                entries[entry.path] = encode_entry(entry, entries.get(entry.path))
+                after[entry.path] = encode_entry(entry, entries.get(entry.path))
             for path in deletes:
-                entries.pop(path, None)
-            if entries == before and not (name == MONOLITH and document.when == ABSENT):
-                return document.written
-            document.content["entries"] = entries
-            if not entries and name != MONOLITH:
-                document.written = True
-                return True  # will be delisted, then deleted
+                after.pop(path, None)
+            if entries == after and not (name == MONOLITH and document.when == ABSENT):
+                return attempt > 0
+            for path in (*(entry.path for entry in puts), *deletes):
+                if entries.get(path) not in (document.base.get(path), after.get(path)):
+                    raise ConflictingWriteError(f"{path} was committed by another machine meanwhile")
+            document.content["entries"] = after
             try:
                 info = await self.remote.put(document.key, encode_document(document.content), document.when)
             except PreconditionError:
                 await self._reread(name)
                 continue
-            document.etag, document.when, document.written = info.etag, matching(info.etag), True
+            document.etag, document.when = info.etag, matching(info.etag)
             return True
-        raise PreconditionError(f"{self.documents[name].key} changed {_ATTEMPTS} times while we tried to update it")
+        raise ConflictingWriteError(f"{self.documents[name].key} changed {_ATTEMPTS} times while we tried to update it")
 
     async def _reread(self, name: str) -> None:
         """Take the current version of a document whose precondition failed."""
-        written = self.documents[name].written
         if name == MONOLITH:
             await self._read_monolith()
         else:
@@ -197,7 +230,6 @@ class Commit:
                 # An unlisted leftover is in the way: replace exactly that version of it.
                 info = await self.remote.head(self.documents[name].key)
                 self.documents[name].when = matching(info.etag)
-        self.documents[name].written = written
 
     async def _write_meta(self, present: set[str], emptied: set[str]) -> None:
         for _ in range(_ATTEMPTS):
@@ -207,13 +239,23 @@ class Commit:
             try:
                 info = await self.remote.put(self.keys.meta, encode_meta(meta), matching(self.meta_etag))
             except PreconditionError:
-                await self._read_meta()
-                if self.meta is None or self.meta.mode is not IndexMode.SHARDS:
-                    raise IndexCorruptError(f"{self.keys.meta} is no longer version 2") from None
+                await self._reread_meta()
+                await self._verify_shards(present | emptied)
                 continue
             self.meta, self.meta_etag = meta, info.etag
             return
-        raise PreconditionError(f"{self.keys.meta} changed {_ATTEMPTS} times while we tried to update it")
+        raise ConflictingWriteError(f"{self.keys.meta} changed {_ATTEMPTS} times while we tried to update it")
+
+    async def _verify_shards(self, names: set[str]) -> None:
+        """Another commit came in between: are the shards still what we wrote? It may have replaced one (H18)."""
+        for name in sorted(names):
+            document = self.documents[name]
+            try:
+                found = (await self.remote.head(document.key)).etag
+            except AbsentError:
+                found = ""
+            if found != document.etag:
+                raise ConflictingWriteError(f"{document.key} was replaced by another machine's commit")
 
     def _delta_of_shards(self, touched: list[str], emptied: set[str], base_etag: str) -> IndexDelta | None:
         if self.known.mode is not IndexMode.SHARDS:

@@ -6,6 +6,7 @@ compact UTF-8. Documents are kept as the JSON they were, so that fields of other
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,12 +31,20 @@ class Meta(NamedTuple):
 
 def decode_json(body: bytes, what: str) -> dict[str, Any]:
     try:
-        document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        document = _decode(body)
+    except (ValueError, RecursionError) as error:
         raise IndexCorruptError(f"{what} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise IndexCorruptError(f"{what} is not a JSON object")
     return document
+
+
+def _decode(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        # msgspec refuses a document for one lone surrogate; that is one bad name, not a bad index.
+        return json.loads(body)
 
 
 def decode_meta(body: bytes, what: str) -> Meta:
@@ -138,7 +147,10 @@ def encode_entry(entry: IndexEntry, previous: object = None) -> dict[str, Any]:
 
 def encode_document(document: dict[str, Any]) -> bytes:
     """Compact JSON, non-ASCII raw (spec, JSON rules)."""
-    return msgspec.json.encode(document)
+    try:
+        return msgspec.json.encode(document)
+    except UnicodeEncodeError:  # somebody's lone surrogate: kept, in its escaped form
+        return json.dumps(document, separators=(",", ":")).encode()
 
 
 def new_shard(entries: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from swampfs.errors import AbsentError, HostileNameError
 from swampfs.names import NAMESPACE_MANIFEST, Keyspace, RelPath, is_internal, is_stray_internal, rel_path
-from swampfs.provider import IndexTransaction
+from swampfs.provider import ABSENT, IndexTransaction, Precondition, matching
 from swampfs.records import Finding, IndexDelta, IndexEntry, IndexMode, Partition, Watermark
 from swampfs.sync.index import MONOLITH
 from swampfs.sync.remote import Remote
@@ -59,24 +59,32 @@ class ListingIndex:
     async def begin(
         self, paths: Mapping[RelPath, str | None], known: Watermark, parked: Sequence[IndexEntry] = ()
     ) -> IndexTransaction:
-        found: dict[RelPath, IndexEntry] = {}
+        found: dict[RelPath, tuple[IndexEntry, str]] = {}
         for path in paths:
             try:
                 info = await self._remote.head(self._keys.data(path))
             except AbsentError:
                 continue
-            found[path] = IndexEntry(path, info.size, info.last_modified)
+            found[path] = (IndexEntry(path, info.size, info.last_modified), info.etag)
         return _ListingTransaction(found)
 
 
 class _ListingTransaction:
     """The files are their own index: committing is only saying what was put and deleted."""
 
-    def __init__(self, found: Mapping[RelPath, IndexEntry]) -> None:
+    in_place = True
+
+    def __init__(self, found: Mapping[RelPath, tuple[IndexEntry, str]]) -> None:
         self._found = found
 
     def entry(self, path: RelPath) -> IndexEntry | None:
-        return self._found.get(path)
+        found = self._found.get(path)
+        return found[0] if found else None
+
+    def precondition(self, path: RelPath) -> Precondition:
+        """Putting the file is the commit, so it is the put that must not overwrite somebody's newer version."""
+        found = self._found.get(path)
+        return matching(found[1]) if found else ABSENT
 
     async def commit(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
         return None

@@ -7,6 +7,7 @@ never touch a successor's lock (H18).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -172,8 +173,9 @@ class Lock:
         try:
             info = await self._remote.put(self.key, self._body(nonce), matching(self._etag), Lane.LOCK)
         except (PreconditionError, AbsentError):
-            if not await self._adopt(nonce):
-                self._nonce = None
+            with contextlib.suppress(StoreError):  # unknown: `check` decides by the time since the last renewal
+                if not await self._adopt(nonce):
+                    self._nonce = None
             return
         except StoreError as error:
             log.info("heartbeat of %s failed, retrying: %s", self.key, error)
@@ -194,11 +196,16 @@ class Lock:
             info = await self._remote.put(self.key, self._body(nonce), ABSENT, Lane.LOCK)
         except PreconditionError:
             return await self._adopt(nonce)
+        except StoreError:
+            with contextlib.suppress(StoreError):
+                if await self._adopt(nonce):
+                    return True
+            raise
         self._etag, self._nonce, self._renewed = info.etag, nonce, before
         return True
 
     async def _adopt(self, nonce: str) -> bool:
-        """A refused put may be the retry of one that was applied: then the lock carries our nonce (H28)."""
+        """A put that was refused, or not answered, may have been applied: then the lock carries our nonce (H28)."""
         before = self._clock()
         found = await self._inspect()
         if found is None or found[0] is None or found[0].nonce != nonce:
@@ -263,16 +270,21 @@ async def hold(lock: Lock) -> AsyncIterator[Lock]:
         raise failure
 
 
+async def is_free(lock: Lock) -> bool:
+    """Whether nobody holds a lock, breaking one that is stale."""
+    found = await lock._inspect()
+    return found is None or await lock._steal_if_stale(*found)
+
+
 async def wait_until_free(lock: Lock, max_wait_s: float) -> None:
     """Spec §9.4: a writer waits while the global lock is held, and breaks it when it is stale."""
     started = time.monotonic()
     while True:
-        found = await lock._inspect()
-        if found is None or await lock._steal_if_stale(*found):
+        if await is_free(lock):
             return
         waited = time.monotonic() - started
         if waited >= max_wait_s:
-            raise _timeout(lock.key, found[0], waited)
+            raise _timeout(lock.key, await lock.inspect(), waited)
         await trio.sleep(min(RETRY_S, max_wait_s))
 
 

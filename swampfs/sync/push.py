@@ -11,18 +11,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from swampfs.errors import LockTimeoutError, SwampfsError
-from swampfs.names import ModelRef, RelPath, home_partition, is_latest_marker, is_publishable, partition_key
-from swampfs.provider import IndexTransaction
-from swampfs.records import DirtyPath, IndexEntry, IndexMode, Op, PushReport, TreeChange, timestamp
+from swampfs.errors import (
+    AbsentError,
+    ConflictingWriteError,
+    IndexCorruptError,
+    LockTimeoutError,
+    PreconditionError,
+)
+from swampfs.names import (
+    ModelRef,
+    RelPath,
+    home_partition,
+    is_below,
+    is_latest_marker,
+    is_publishable,
+    model_of,
+    partition_key,
+)
+from swampfs.provider import ALWAYS, IndexTransaction, Precondition
+from swampfs.records import DirtyPath, Finding, IndexEntry, IndexMode, Node, Op, PushReport, TreeChange, timestamp
 from swampfs.state.apply import apply_delta
 from swampfs.sync.hydrate import hash_file
 from swampfs.sync.index import MONOLITH
-from swampfs.sync.locks import Lock, hold, prove_exclusive_create, wait_until_free
+from swampfs.sync.locks import Lock, hold, is_free, prove_exclusive_create, wait_until_free
 from swampfs.sync.parallel import for_each
 from swampfs.sync.parts import Parts
 from swampfs.threads import Lane
@@ -40,104 +55,149 @@ class _Batch:
     deletes: list[DirtyPath] = field(default_factory=list)
     conflicts: list[DirtyPath] = field(default_factory=list)
     settled: list[DirtyPath] = field(default_factory=list)  # already true in the remote
-    entries: list[IndexEntry] = field(default_factory=list)
+    entries: dict[RelPath, IndexEntry] = field(default_factory=dict)  # uploaded
+    failures: list[Exception] = field(default_factory=list)
     changes: list[TreeChange] = field(default_factory=list)
 
 
 class Pusher:
     """Pushes journaled changes of one datastore. Only one push runs at a time (the writeback task)."""
 
-    def __init__(self, parts: Parts, *, make_lock: Callable[[str], Lock], fenced: bool, lock_timeout_s: float) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        busy: Container[str],
+        is_open: Callable[[str], bool],
+        drop_content: Callable[[Node], None],
+        make_lock: Callable[[str], Lock],
+        fenced: bool,
+        lock_timeout_s: float,
+    ) -> None:
         self._remote = parts.remote
         self._keys = parts.keys
         self._index = parts.index
         self._catalog = parts.catalog
         self._cache = parts.cache
         self._journal = parts.journal
+        self._busy = busy
+        self._is_open = is_open
+        self._drop_content = drop_content
         self._make_lock = make_lock
         self._fenced = fenced  # the store has object preconditions worth proving
         self._lock_timeout_s = lock_timeout_s
 
-    async def push(
-        self, paths: Iterable[str], models: Collection[ModelRef], is_open: Callable[[str], bool]
-    ) -> tuple[PushReport, list[TreeChange]]:
-        """Push the given journaled paths under the locks of ``models``.
+    async def push(self, paths: Sequence[str]) -> tuple[PushReport, list[TreeChange]]:
+        """Push the given journaled paths, each under the lock of its model.
 
-        Paths still open for writing wait for their close. Returns what was done and what the kernel must forget.
+        Paths still open for writing wait for their close, paths of models that others have locked for their release.
+        Returns what was done and what the kernel must forget.
 
         Raises:
-            LockTimeoutError: the global lock is held; nothing was uploaded or nothing was committed.
-            LeaseLostError, StoreError: nothing was committed; the journal stands, the same push can be repeated.
+            LockTimeoutError: the global lock is held; nothing was committed.
+            LeaseLostError, StoreError: what was not committed stays journaled; the same push can be repeated.
         """
-        waiting: list[ModelRef] = []
-        async with AsyncExitStack() as locks:
-            held: list[Lock] = []
-            for model in sorted(models):
-                lock = self._make_lock(self._keys.model_lock(model))
-                try:
-                    held.append(await locks.enter_async_context(hold(lock)))
-                except LockTimeoutError:
-                    waiting.append(model)
-            if held:
-                await self._prove_exclusive(held[0])
-                await wait_until_free(self._make_lock(self._keys.global_lock), self._lock_timeout_s)
-            ready, still_open = [], []
-            for path in paths:
-                if is_open(path):
-                    still_open.append(path)
-                elif is_publishable(path):
-                    ready.append(path)
+        still_open = {path for path in paths if self._is_open(path)}
+        ready = [path for path in paths if is_publishable(path) and path not in still_open]
+        async with AsyncExitStack() as stack:
+            models = {model for path in ready if (model := model_of(path)) is not None}
+            locks, waiting = await self._lock_models(stack, sorted(models))
+            ready = [path for path in ready if model_of(path) not in waiting]
             batch = _Batch(self._journal.seal(ready))
             try:
-                await self._run(batch, held)
+                if batch.records:
+                    await self._run(batch, stack, locks)
             finally:
                 self._journal.unseal(record.path for record in batch.records)
         report = PushReport(
             pushed=len(batch.entries),
             deleted=len(batch.deletes),
             conflicts=tuple(record.path for record in batch.conflicts),
-            waiting=tuple(waiting),
-            open_files=tuple(still_open),
+            waiting=tuple(sorted(waiting)),
+            open_files=tuple(sorted(still_open)),
+            failure=batch.failures[0] if batch.failures else None,
         )
         return report, batch.changes
 
-    async def _run(self, batch: _Batch, held: Sequence[Lock]) -> None:
-        if not batch.records:
-            return
-        parked = self._lost_parked()
-        known = self._catalog.watermark()
+    # --- locks --------------------------------------------------------------------------------------------
+
+    async def _lock_models(self, stack: AsyncExitStack, models: Sequence[ModelRef]) -> tuple[list[Lock], set[ModelRef]]:
+        """Model locks in order, with the global lock seen free after the last (spec §9.4).
+
+        While a structural command holds the global lock we hold none of them: it is waiting for them to go.
+        """
+        while True:
+            held: list[Lock] = []
+            waiting: set[ModelRef] = set()
+            async with AsyncExitStack() as attempt:
+                for model in models:
+                    lock = self._make_lock(self._keys.model_lock(model))
+                    try:
+                        held.append(await attempt.enter_async_context(hold(lock)))
+                    except LockTimeoutError:
+                        waiting.add(model)
+                if held:
+                    await self._prove_exclusive(held[0])
+                global_lock = self._make_lock(self._keys.global_lock)
+                if not held or await is_free(global_lock):
+                    stack.push_async_exit(attempt.pop_all())
+                    return held, waiting
+            await wait_until_free(global_lock, self._lock_timeout_s)
+
+    async def _lock_global(self, stack: AsyncExitStack, locks: list[Lock]) -> None:
+        lock = self._make_lock(self._keys.global_lock)
+        await stack.enter_async_context(hold(lock))
+        if not locks:
+            await self._prove_exclusive(lock)
+        locks.append(lock)
+
+    async def _prove_exclusive(self, lock: Lock) -> None:
+        """Once per state directory: see that creating a lock twice is refused."""
+        if self._fenced and self._catalog.fact(_EXCLUSIVE_PROVEN) is None:
+            await prove_exclusive_create(self._remote, lock)
+            self._catalog.set_fact(_EXCLUSIVE_PROVEN, timestamp(time.time_ns()))
+
+    # --- one push -----------------------------------------------------------------------------------------
+
+    async def _run(self, batch: _Batch, stack: AsyncExitStack, locks: list[Lock]) -> None:
+        if any(model_of(record.path) is None for record in batch.records):
+            # No model lock covers these from decision to commit; the global lock does.
+            await self._lock_global(stack, locks)
+        parked = await self._lost_parked()
+        known, epoch = self._catalog.watermark(), self._catalog.epoch
         hints = {record.path: record.partition for record in batch.records}
-        epoch = self._catalog.epoch
         transaction = await self._index.begin(hints, known, parked)
         self._sort(batch, transaction)
-        await self._upload(batch)
+        if transaction.in_place:
+            await self._clear_the_way(batch, transaction)
+        await self._upload(batch, transaction)
+        delta = None
         if batch.entries or batch.deletes or parked:
-            global_lock = self._make_lock(self._keys.global_lock)
-            async with hold(global_lock):
-                if not held:
-                    await self._prove_exclusive(global_lock)
-                for lock in (*held, global_lock):
-                    lock.check()
-                delta = await transaction.commit(batch.entries, [record.path for record in batch.deletes])
-                await self._delete_objects(batch.deletes)
-            overtaken = epoch != self._catalog.epoch
-            self._settle(batch, parked)
-            if overtaken:
-                self._catalog.set_watermark(known._replace(meta_etag="", monolith_etag=""))  # look again
-            elif delta is not None:
-                applied = apply_delta(self._catalog, delta, self._journal)
-                for path in applied.stale:
-                    self._cache.remove(path)
-                batch.changes.extend(applied.changes)
-        else:
-            self._settle(batch, parked)
+            if locks[-1:] == [] or locks[-1].key != self._keys.global_lock:
+                await self._lock_global(stack, locks)
+            self._journal.note_sent((r, batch.entries[r.path]) for r in batch.uploads)
+            for lock in locks:
+                lock.check()
+            delta = await transaction.commit(list(batch.entries.values()), [r.path for r in batch.deletes])
+        await self._delete_objects(batch, transaction)
+        overtaken = epoch != self._catalog.epoch
+        self._settle(batch, parked)
+        if overtaken:
+            self._catalog.set_watermark(known._replace(meta_etag="", monolith_etag=""))  # look again
+        elif delta is not None:
+            applied = apply_delta(self._catalog, delta, self._busy)
+            for node in applied.stale:
+                self._drop_content(node)
+            batch.changes.extend(applied.changes)
         self._keep_conflicts(batch, transaction)
 
     def _sort(self, batch: _Batch, transaction: IndexTransaction) -> None:
         """Decide for each record: upload, delete, already done, or conflict."""
         for record in batch.records:
-            current = transaction.entry(record.path)
+            current = self._current(transaction, record.path)
             unchanged = current is None if record.base is None else record.base.same_content(current)
+            if current is not None and self._journal.was_sent(record.path, current):
+                unchanged = True  # our own commit, whose answer was lost
             if record.op is Op.DELETE:
                 if current is None:
                     batch.settled.append(record)
@@ -147,6 +207,12 @@ class Pusher:
                 batch.uploads.append(record)
             else:
                 batch.conflicts.append(record)
+
+    def _current(self, transaction: IndexTransaction, path: RelPath) -> IndexEntry | None:
+        try:
+            return transaction.entry(path)
+        except IndexCorruptError:
+            return None  # a malformed entry names no content; ours replaces it
 
     def _holds_same(self, record: DirtyPath, current: IndexEntry | None) -> bool:
         """Two machines that wrote the same bytes do not conflict (lesson 4: compare content, not times)."""
@@ -159,16 +225,36 @@ class Pusher:
 
     # --- content ------------------------------------------------------------------------------------------
 
-    async def _upload(self, batch: _Batch) -> None:
-        markers = [record for record in batch.uploads if is_latest_marker(record.path)]
-        content = [record for record in batch.uploads if not is_latest_marker(record.path)]
-        for group in (content, markers):
-            errors = await for_each(group, lambda record: self._upload_one(batch, record), at_once=_UPLOADS_AT_ONCE)
-            if errors:
-                raise _upload_error(errors, len(group), self._remote.name)
+    async def _upload(self, batch: _Batch, transaction: IndexTransaction) -> None:
+        """Content, then ``latest`` markers; a marker waits for a model's content that could not be uploaded.
 
-    async def _upload_one(self, batch: _Batch, record: DirtyPath) -> None:
-        """Upload a private copy, so that size, hash and bytes are of one moment (H26)."""
+        One file that fails keeps no other from being committed. Raises if nothing at all could be done.
+        """
+        wanted = batch.uploads
+        batch.uploads = []
+        content = [record for record in wanted if not is_latest_marker(record.path)]
+        await self._upload_all(batch, content, transaction)
+        done = {record.path for record in batch.uploads}
+        failed = {model_of(record.path) for record in content if record.path not in done}
+        markers = [record for record in wanted if is_latest_marker(record.path) and model_of(record.path) not in failed]
+        await self._upload_all(batch, markers, transaction)
+        if batch.failures and not (batch.uploads or batch.deletes or batch.settled or batch.conflicts):
+            raise batch.failures[0]
+
+    async def _upload_all(self, batch: _Batch, records: Sequence[DirtyPath], transaction: IndexTransaction) -> None:
+        async def one(record: DirtyPath) -> None:
+            entry = await self._upload_one(record, transaction.precondition(record.path))
+            if entry is not None:
+                batch.uploads.append(record)
+                batch.entries[record.path] = entry
+
+        batch.failures += await for_each(records, one, at_once=_UPLOADS_AT_ONCE)
+
+    async def _upload_one(self, record: DirtyPath, when: Precondition) -> IndexEntry | None:
+        """Upload a private copy, so that size, hash and bytes are of one moment (H26).
+
+        ``None`` if the file was removed or renamed meanwhile: its newer journal record says what to do.
+        """
         staged = self._cache.stage()
         source = self._cache.path(record.path)
         key = self._keys.data(record.path)
@@ -176,33 +262,78 @@ class Pusher:
         def transfer() -> IndexEntry:
             mtime_ns = _snapshot(source, staged)
             size, sha256 = os.stat(staged).st_size, hash_file(staged)
-            info = self._remote.store.put(key, staged)
+            info = self._remote.store.put(key, staged, when)
             return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256)
 
         try:
-            batch.entries.append(await self._remote.threads.write(Lane.PUSH, transfer))
+            return await self._remote.threads.write(Lane.PUSH, transfer)
         except FileNotFoundError:
-            batch.uploads.remove(record)  # removed or renamed since: its newer journal record says what to do
+            self._lost(record)
+            return None
+        except PreconditionError:
+            raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
         finally:
             if os.path.lexists(staged):
                 os.unlink(staged)
 
-    async def _delete_objects(self, deletes: Sequence[DirtyPath]) -> None:
-        """After the commit (H20): a crash in between leaves unlisted objects, never dangling entries."""
-        errors = await for_each(
-            deletes, lambda record: self._remote.delete(self._keys.data(record.path)), at_once=_UPLOADS_AT_ONCE
-        )
-        if errors:
-            raise errors[0]
+    def _lost(self, record: DirtyPath) -> None:
+        """There is nothing to upload. If no newer record explains it, the content is gone: say so, do not ask again."""
+        newest = self._journal.get(record.path)
+        if newest is None or newest.generation != record.generation:
+            return
+        self._journal.forget(record.path)
+        node = self._catalog.at(record.path)
+        if node is not None:
+            self._catalog.reset_to_remote(node, record.base, self._partition(record.path))
+            self._catalog.read_again(self._partition(record.path))
+        finding = Finding(record.path, "content-lost", "its unpushed content is missing from the state directory")
+        self._catalog.report([finding])
+
+    async def _clear_the_way(self, batch: _Batch, transaction: IndexTransaction) -> None:
+        """In a directory, a file that became a directory (or the reverse) must go before its successor can come."""
+        uploads = [record.path for record in batch.uploads]
+        for record in [*batch.deletes, *batch.settled]:
+            if any(is_below(path, record.path) or is_below(record.path, path) for path in uploads):
+                when = transaction.precondition(record.path)
+                await self._remote.delete(self._keys.data(record.path), ALWAYS if when.absent else when)
+
+    async def _delete_objects(self, batch: _Batch, transaction: IndexTransaction) -> None:
+        """After the commit (H20): a crash in between leaves unlisted objects, never dangling entries.
+
+        Also for deletes found done: an earlier push may have committed them and failed just here. What fails stays
+        journaled.
+        """
+        gone: list[DirtyPath] = []
+
+        async def one(record: DirtyPath) -> None:
+            when = transaction.precondition(record.path)
+            try:
+                await self._remote.delete(self._keys.data(record.path), ALWAYS if when.absent else when)
+            except (AbsentError, PreconditionError):
+                if record in batch.deletes and transaction.in_place and not await self._is_gone(record.path):
+                    raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
+            gone.append(record)
+
+        settled = [record for record in batch.settled if record.base is not None]
+        batch.failures += await for_each([*batch.deletes, *settled], one, at_once=_UPLOADS_AT_ONCE)
+        kept = {record.path for record in (*batch.deletes, *settled)} - {record.path for record in gone}
+        batch.deletes = [record for record in batch.deletes if record.path not in kept]
+        batch.settled = [record for record in batch.settled if record.path not in kept]
+
+    async def _is_gone(self, path: RelPath) -> bool:
+        try:
+            await self._remote.head(self._keys.data(path))
+        except AbsentError:
+            return True
+        return False
 
     # --- afterwards ---------------------------------------------------------------------------------------
 
     def _settle(self, batch: _Batch, parked: Sequence[IndexEntry]) -> None:
         """Retire what was committed, exactly; then let the catalog agree."""
-        entries = {entry.path: entry for entry in batch.entries}
         done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = []
         for record in batch.uploads:
-            done.append((record, entries[record.path], self._partition(record.path)))
+            done.append((record, batch.entries[record.path], self._partition(record.path)))
         done += [(record, None, None) for record in (*batch.deletes, *batch.settled)]
         retired = self._journal.retire(done)
         self._catalog.epoch += 1
@@ -211,7 +342,7 @@ class Pusher:
                 if entry is not None and partition is not None:
                     self._catalog.settle(entry, partition, clean=record.path in retired)
             if self._catalog.watermark().mode is IndexMode.SHARDS:
-                fresh = [entry.path for entry in batch.entries if partition_key(entry.path) is None]
+                fresh = [path for path in batch.entries if partition_key(path) is None]
                 self._catalog.park([*fresh, *(entry.path for entry in parked)])
                 self._catalog.unpark(record.path for record in batch.deletes)
 
@@ -219,44 +350,64 @@ class Pusher:
         """Partition that holds a path's entry after a commit."""
         return home_partition(path) if self._catalog.watermark().mode is IndexMode.SHARDS else MONOLITH
 
-    def _lost_parked(self) -> list[IndexEntry]:
-        """Entries we parked in ``_root`` that another writer dropped; they are put back with this commit (H6)."""
+    async def _lost_parked(self) -> list[IndexEntry]:
+        """Entries we parked in ``_root`` that another writer dropped; they are put back with this commit (H6).
+
+        Only while their object exists: whoever deletes a file removes the entry first, then the object.
+        """
         entries = []
         for path in self._catalog.parked(lost_only=True):
             node = self._catalog.at(path)
-            if node is not None and node.base is not None and path not in self._journal:
-                entries.append(node.base)
+            if node is None or node.base is None or path in self._journal:
+                continue
+            try:
+                await self._remote.head(self._keys.data(path))
+            except AbsentError:
+                self._catalog.unpark([path])
+                self._catalog.remove(node)
+                continue
+            entries.append(node.base)
         return entries
 
     def _keep_conflicts(self, batch: _Batch, transaction: IndexTransaction) -> None:
         """The remote version stays in the tree; our bytes go aside with a report. Never dropped."""
+        kept = []
         for record in batch.conflicts:
-            current = transaction.entry(record.path)
-            report: dict[str, object] = {
-                "path": record.path,
-                "operation": record.op.value,
-                "keptAt": timestamp(time.time_ns()),
-                "base": record.base._asdict() if record.base else None,
-                "remote": current._asdict() if current else None,
-            }
-            self._cache.set_conflict_aside(record.path, report)
-            self._journal.retire([(record, None, None)])
-            node = self._catalog.at(record.path)
-            partition = self._partition(record.path)
-            with self._catalog.transaction():
-                if node is not None:
-                    self._catalog.reset_to_remote(node, current, partition)
-                    batch.changes.append(TreeChange(node.parent, node.name, node.ino, content=True))
-                elif current is not None:
-                    parent = self._catalog.make_parents(record.path)
-                    ino = self._catalog.add_remote(parent, current, partition, time.time_ns())
-                    batch.changes.append(TreeChange(parent, record.path.rpartition("/")[2], ino, content=False))
+            newest = self._journal.get(record.path)
+            if newest is None or newest.generation != record.generation or self._is_open(record.path):
+                continue  # written to meanwhile: the next push decides about the whole of it
+            kept.append(record)
+            self._keep_conflict(batch, record, self._current(transaction, record.path))
+        batch.conflicts = kept
 
-    async def _prove_exclusive(self, lock: Lock) -> None:
-        """Once per state directory: see that creating a lock twice is refused."""
-        if self._fenced and self._catalog.fact(_EXCLUSIVE_PROVEN) is None:
-            await prove_exclusive_create(self._remote, lock)
-            self._catalog.set_fact(_EXCLUSIVE_PROVEN, timestamp(time.time_ns()))
+    def _keep_conflict(self, batch: _Batch, record: DirtyPath, current: IndexEntry | None) -> None:
+        report: dict[str, object] = {
+            "path": record.path,
+            "operation": record.op.value,
+            "keptAt": timestamp(time.time_ns()),
+            "base": record.base._asdict() if record.base else None,
+            "remote": current._asdict() if current else None,
+        }
+        self._cache.set_conflict_aside(record.path, report)
+        self._journal.retire([(record, None, None)])
+        self._catalog.epoch += 1
+        partition = self._partition(record.path)
+        self._catalog.read_again(partition)
+        node = self._catalog.at(record.path)
+        missing = [] if current is None else self._catalog.missing_directories(record.path)
+        with self._catalog.transaction():
+            if node is not None:
+                self._catalog.remove(node)
+                self._drop_content(node)
+                batch.changes.append(TreeChange(node.parent, node.name, 0, content=False))
+            if current is not None:
+                parent = self._catalog.make_parents(record.path)
+                self._catalog.add_remote(parent, current, partition, time.time_ns())
+                batch.changes.append(TreeChange(parent, record.path.rpartition("/")[2], 0, content=False))
+        for directory in missing:
+            made = self._catalog.at(directory)
+            assert made is not None
+            batch.changes.append(TreeChange(made.parent, made.name, made.parent, content=False))
 
 
 def _snapshot(source: str, target: str) -> int:
@@ -272,11 +423,3 @@ def _snapshot(source: str, target: str) -> int:
         return os.fstat(reader).st_mtime_ns
     finally:
         os.close(reader)
-
-
-def _upload_error(errors: Sequence[Exception], total: int, where: str) -> Exception:
-    """One error for a batch, keeping the class — and so errno and retryability — of the first."""
-    first = errors[0]
-    if not isinstance(first, SwampfsError):
-        return first
-    return type(first)(f"{len(errors)} of {total} uploads to {where} failed: {first}", remedy=first.remedy)

@@ -34,8 +34,10 @@ def replay(catalog: Catalog, cache: CacheDir, journal: Journal, sidecar: Sidecar
             _redo(catalog, cache, journal, record)
     for path in catalog.dirty_files():
         _explain(catalog, cache, journal, path)
-    if journal.lost or catalog.rebuilt or (len(journal) == 0 and sidecar.trusted and sidecar.dirty):
-        _walk(catalog, cache, journal)
+    if catalog.rebuilt:
+        # Whether a file that differs from the index was changed here is for the journal to say; if that is gone too,
+        # for the sidecar.
+        _walk(catalog, cache, journal, changes_possible=journal.lost and sidecar.dirty)
     return len(journal)
 
 
@@ -67,7 +69,9 @@ def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath
             if record.base is None:
                 catalog.remove(node)
             else:
+                # Perhaps a conflict was being set aside: the partition knows what the remote has now.
                 catalog.reset_to_remote(node, record.base, record.partition or "")
+                catalog.read_again(record.partition or "")
         return
     with catalog.transaction():
         if node is None:
@@ -91,31 +95,33 @@ def _explain(catalog: Catalog, cache: CacheDir, journal: Journal, path: RelPath)
         journal.mark_write(path, node.base, node.partition)
 
 
-def _walk(catalog: Catalog, cache: CacheDir, journal: Journal) -> None:
-    """The journal or the catalog was lost: compare every local file with the index. Infers no deletes."""
-    log.info("walking the cache: local changes are found by comparing content")
+def _walk(catalog: Catalog, cache: CacheDir, journal: Journal, *, changes_possible: bool) -> None:
+    """The catalog was lost: find out which local files are what the index says. Infers no deletes.
+
+    A file that is not is either a leftover of an older remote version or a change whose record is lost. The first is
+    dropped (it can be fetched); the second is marked as new content, so that a remote version that differs makes it a
+    conflict, whose bytes are kept, and never an overwrite.
+    """
+    log.info("the catalog was rebuilt: comparing local files with the index")
     for path in list(cache.walk()):
-        if path in journal:
-            continue
         node = catalog.at(path)
-        if node is not None and node.is_dir:
+        if path in journal or (node is not None and node.is_dir):
             continue
-        if _is_clean(node, cache, path):
-            assert node is not None
-            if node.residency is Residency.STUB:
-                catalog.set_residency(node.ino, Residency.CLEAN)
-            continue
-        if not is_scratch(path):
-            journal.mark_write(path, node.base if node else None, node.partition if node else None)
+        if node is not None and _is_clean(node, cache, path):
+            catalog.set_residency(node.ino, Residency.CLEAN)
+        elif not changes_possible:
+            cache.remove(path)
+        elif not is_scratch(path):
+            journal.mark_write(path, None, None)
             record = journal.get(path)
             assert record is not None
             _redo(catalog, cache, journal, record)
 
 
-def _is_clean(node: Node | None, cache: CacheDir, path: RelPath) -> bool:
-    if node is None or node.base is None:
-        return False
+def _is_clean(node: Node, cache: CacheDir, path: RelPath) -> bool:
     stat = cache.stat(path)
-    if stat is None or stat.st_size != node.base.size:
+    if node.base is None or stat is None or stat.st_size != node.base.size:
         return False
-    return node.base.sha256 is not None and hash_file(cache.path(path)) == node.base.sha256
+    if node.base.sha256 is None:
+        return stat.st_mtime_ns == node.mtime_ns  # hydration stamps files with their entry's time
+    return hash_file(cache.path(path)) == node.base.sha256

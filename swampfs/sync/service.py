@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 
-from swampfs.names import Keyspace, ModelRef, RelPath, is_scratch
+from swampfs.names import Keyspace, RelPath, is_scratch
 from swampfs.provider import RemoteIndex
 from swampfs.records import IndexMode, Node, PushReport, TreeChange, timestamp
 from swampfs.state.cache_dir import CacheDir
@@ -25,6 +25,16 @@ from swampfs.sync.remote import Remote
 from swampfs.sync.replay import replay
 
 _PROVEN = "preconditions_proven"
+
+
+class _Busy:
+    """Paths a remote change must not touch now: journaled, or open for writing."""
+
+    def __init__(self, service: SyncService) -> None:
+        self._service = service
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._service.journal or self._service.is_open(str(path))
 
 
 class SyncService:
@@ -51,8 +61,20 @@ class SyncService:
         self.cache.clear_staging()
         parts = Parts(remote, keys, index, self.catalog, self.cache, self.journal)
         self.hydrator = Hydrator(parts, refresh=self.pull_changed, start_soon=start_soon, timeout_s=timeout_s)
-        self._puller = Puller(parts)
-        self._pusher = Pusher(parts, make_lock=make_lock, fenced=prove is not None, lock_timeout_s=lock_timeout_s)
+        self.is_open: Callable[[str], bool] = lambda path: False
+        """Whether a file is open for writing; set by the file system."""
+        self.drop_content: Callable[[Node], None] = lambda node: self.cache.remove(node.path)
+        """What becomes of an inode whose name stands for other content now; set by the file system."""
+        self._puller = Puller(parts, _Busy(self), lambda node: self.drop_content(node))
+        self._pusher = Pusher(
+            parts,
+            busy=_Busy(self),
+            is_open=lambda path: self.is_open(path),
+            drop_content=lambda node: self.drop_content(node),
+            make_lock=make_lock,
+            fenced=prove is not None,
+            lock_timeout_s=lock_timeout_s,
+        )
         self._prove = prove
         self.on_changes: Callable[[list[TreeChange]], None] | None = None
         self.refreshed_at: float | None = None
@@ -74,6 +96,10 @@ class SyncService:
             if not (known and getattr(error, "retryable", False)):
                 raise
         pending = replay(self.catalog, self.cache, self.journal, self.sidecar)
+        if pending:
+            self.sidecar.mark_bulk()
+        else:
+            self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
         if writable and self._prove is not None and self.catalog.fact(_PROVEN) is None:
             await self._prove()
             self.catalog.set_fact(_PROVEN, timestamp(time.time_ns()))
@@ -107,11 +133,9 @@ class SyncService:
         self._announce(changes)
         return changes
 
-    async def push_changed(
-        self, paths: Iterable[str], models: Collection[ModelRef], is_open: Callable[[str], bool]
-    ) -> PushReport:
+    async def push_changed(self, paths: Sequence[str]) -> PushReport:
         """See :meth:`swampfs.sync.push.Pusher.push`."""
-        report, changes = await self._pusher.push(paths, models, is_open)
+        report, changes = await self._pusher.push(paths)
         if len(self.journal) == 0:
             self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
         self._announce(changes)

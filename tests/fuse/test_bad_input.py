@@ -43,7 +43,9 @@ def test_a_wrong_secret_and_an_unknown_key(server, fleet):
 
 def test_no_credentials_at_all(server, fleet):
     env = {k: v for k, v in server.environment().items() if "KEY" not in k}
-    machine = fleet.machine(env={**env, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent"})
+    machine = fleet.machine(
+        env={**env, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent"}
+    )
     refused(machine, f"s3://{BUCKET}/x", code=32, says=["credentials"])
 
 
@@ -156,7 +158,11 @@ def test_hostile_keys_are_skipped_with_a_finding_and_the_rest_mounts(mode, bucke
     body = b"fine\n"
     bucket.put(GOOD, body)
     entries = {GOOD: entry(GOOD, body)} | {rel: entry(rel, b"x") for rel in HOSTILE}
-    entries |= {"audit/size": {"key": "audit/size", "size": -1}, "audit/list": [], "audit/hash": {"size": 1, "sha256": "x"}}
+    entries |= {
+        "audit/size": {"key": "audit/size", "size": -1},
+        "audit/list": [],
+        "audit/hash": {"size": 1, "sha256": "x"},
+    }
     if mode == "v1":
         bucket.put(".datastore-index.json", compact({"version": 1, "entries": entries}))
     else:
@@ -243,8 +249,12 @@ def test_a_store_that_ignores_preconditions_is_refused_for_writing(fleet, home):
         from tests.harness import wait_for
 
         wait_for(lambda: _listens(port), "rclone serves")
-        credentials = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret-of-rclone",
-                       "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}  # fmt: skip
+        credentials = {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-rclone",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        }
         machine = fleet.machine(env=credentials)
         refused(machine, "s3://careless/x", code=32, says=["ignores conditional writes", "--read-only"])
         assert [path for path in data.rglob("*") if path.is_file()] == []  # the probe left nothing

@@ -67,7 +67,7 @@ def test_every_kind_of_change_survives_kill_9(bucket, fleet):
     machine.mount(bucket.url)
     assert tree(machine.path) == expected
     machine.flush()
-    assert {rel for rel in check_bucket(bucket)} == set(expected)
+    assert set(check_bucket(bucket)) == set(expected)
     fresh = fleet.machine("fresh", bucket.env)
     fresh.mount(bucket.url)
     assert tree(fresh.path) == expected

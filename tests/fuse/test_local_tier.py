@@ -76,7 +76,9 @@ def test_always_local_names_are_written_beneath_and_never_pushed(machine, bucket
 
     data = check_bucket(bucket)
     assert "workflow-runs/w-1/workflow-run-r.yaml" in data
-    assert not [rel for rel in data if "secret" in rel or "bundles" in rel or rel.endswith((".log", ".lock", "index.json"))]
+    assert not [
+        rel for rel in data if "secret" in rel or "bundles" in rel or rel.endswith((".log", ".lock", "index.json"))
+    ]
     beneath = tree(repo / ".swamp")
     assert {"secrets/local/new.enc", "bundles/sub/y.js", "workflow-runs/w-1/workflow-run-r.log",
             "workflow-runs/w-1/.runs-index.json"} <= set(beneath)  # fmt: skip

@@ -1,0 +1,573 @@
+"""Pushes that meet other writers, lost answers and crashes: nothing is lost, overwritten or resurrected."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from swampfs.errors import LeaseLostError, LockTimeoutError, StoreError, SwampfsError
+from swampfs.provider import ABSENT
+from swampfs.records import LockInfo, Op
+from swampfs.sync.locks import encode_lock
+from swampfs.testing.faults import Fault, FaultyStore, When
+from swampfs.testing.memory import MemoryStore
+from tests.datastores import check_bucket, compact, entry, indexed
+from tests.engine import Store, load, machine
+
+UUID = "7b1463fb-2730-4225-aef5-5f9f9a66c7d9"
+RAW = f"data/test/{UUID}/state/1/raw"
+LATEST = f"data/test/{UUID}/state/latest"
+FILES = {RAW: b"one", LATEST: b"1", "audit/a.jsonl": b"a\n", "files/x": b"x", "files/sub/y": b"y"}
+INDEXES = pytest.mark.parametrize("index", ["v1", "v2"])
+
+
+def run(fn, *arguments):
+    trio.run(fn, *arguments)
+
+
+@pytest.fixture
+def store():
+    return MemoryStore()
+
+
+def content(store, rel):
+    return store.get(rel).body
+
+
+def commit_elsewhere(store, rel, body, partition):
+    """Another machine publishes a file: object, shard, meta."""
+    store.put(rel, body)
+    shard = json.loads(store.get(f"_index/{partition}.json").body)
+    shard["entries"][rel] = entry(rel, body)
+    store.put(f"_index/{partition}.json", compact(shard))
+    meta = json.loads(store.get("_index/_meta.json").body)
+    meta["commitSeq"] += 1
+    meta["partitions"] = sorted({*meta["partitions"], partition})
+    store.put("_index/_meta.json", compact(meta))
+
+
+def lock_of_another(store, key, ttl_ms=30_000):
+    info = LockInfo("ana@elsewhere", "elsewhere", 1, "2026-08-03T09:14:20.000Z", ttl_ms, "a-nonce")
+    store.put(key, encode_lock(info), ABSENT)
+
+
+def conflicts(node):
+    kept = [Path(node.sync.cache._conflicts, name, "content") for name in node.sync.cache.conflicts()]
+    return {path.read_bytes() for path in kept if path.exists()}
+
+
+# --- other writers ------------------------------------------------------------------------------------------
+
+
+@INDEXES
+def test_a_model_locked_by_another_machine_is_not_pushed(store, tmp_path, index):
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write(RAW, b"two")
+            await a.write("audit/a.jsonl", b"b\n")
+            lock_of_another(store, f"data/test/{UUID}/.lock")
+            report = await a.push()
+            assert [str(model) for model in report.waiting] == [f"test/{UUID}"]
+            assert content(store, RAW) == b"one"
+            assert content(store, "audit/a.jsonl") == b"b\n"  # what has no lock in the way goes on
+            assert a.sync.journal.op(RAW) is Op.WRITE
+
+    run(main)
+
+
+def test_the_global_lock_of_a_structural_command_is_waited_for_without_holding_a_model_lock(store, tmp_path):
+    load(store, FILES, "v2")
+    lock_of_another(store, ".datastore.lock")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write(RAW, b"two")
+            with pytest.raises(LockTimeoutError):
+                await a.push()
+            assert f"data/test/{UUID}/.lock" not in store.objects
+            assert content(store, RAW) == b"one"
+
+    run(main)
+
+
+@INDEXES
+def test_a_stale_lock_is_taken_over_only_after_its_ttl_on_our_clock(store, tmp_path, index):
+    load(store, FILES, index)
+    lock_of_another(store, f"data/test/{UUID}/.lock", ttl_ms=200)
+
+    async def main():
+        async with machine(store, tmp_path / "a", patience_s=5.0) as a:
+            await a.write(RAW, b"two")
+            await a.push()
+            assert content(store, RAW) == b"two"
+
+    run(main)
+    check_bucket(Store(store))
+
+
+@INDEXES
+def test_a_path_committed_elsewhere_since_we_read_it_becomes_a_conflict_that_keeps_both(store, tmp_path, index):
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await a.write(RAW, b"from a")
+            await b.write(RAW, b"from b")
+            await a.push()
+            report = await b.push()
+            assert report.conflicts == (RAW,)
+            assert conflicts(b) == {b"from b"}
+            assert content(store, RAW) == b"from a"
+            assert await b.read(RAW) == b"from a"
+
+    run(main)
+    check_bucket(Store(store))
+
+
+@INDEXES
+def test_a_delete_of_what_another_machine_changed_does_not_delete_it(store, tmp_path, index):
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await a.write(RAW, b"newer")
+            b.unlink(RAW)
+            await a.push()
+            assert (await b.push()).conflicts == (RAW,)
+            assert await b.read(RAW) == b"newer"
+
+    run(main)
+    assert check_bucket(Store(store))[RAW] == b"newer"
+
+
+def test_a_writer_without_model_lock_is_excluded_by_the_global_lock_from_decision_to_commit(store, tmp_path):
+    """Paths outside models: while we upload, nobody else can commit."""
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    seen = []
+    faulty.faults.append(Fault("put", "files/x", action=lambda: seen.append(".datastore.lock" in store.objects)))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            await a.write("files/x", b"changed")
+            await a.push()
+
+    run(main)
+    assert seen == [True]
+
+
+def test_emptying_a_shard_does_not_delist_what_another_writer_just_put_into_it(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            a.unlink("files/x")
+            a.unlink("files/sub/y")
+            faulty.faults.append(
+                Fault("put", "_index/files.json", action=lambda: commit_elsewhere(store, "files/new", b"n", "files"))
+            )
+            await a.push()
+            await a.pull()
+            assert await a.read("files/new") == b"n"
+
+    run(main)
+    assert {rel for rel in check_bucket(Store(store)) if rel.startswith("files/")} == {"files/new"}
+
+
+def test_a_commit_between_reading_and_writing_a_shard_is_merged(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    faulty.faults.append(
+        Fault("put", "_index/audit.json", action=lambda: commit_elsewhere(store, "audit/b.jsonl", b"b", "audit"))
+    )
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            await a.write("audit/a.jsonl", b"ours")
+            await a.push()
+            await a.pull()
+            assert await a.read("audit/b.jsonl") == b"b"
+
+    run(main)
+    data = check_bucket(Store(store))
+    assert (data["audit/a.jsonl"], data["audit/b.jsonl"]) == (b"ours", b"b")
+
+
+def test_a_migration_to_shards_during_the_upload_is_noticed(store, tmp_path):
+    load(store, FILES, "v1")
+    faulty = FaultyStore(store)
+
+    def migrate():
+        load(store, FILES, "v2")
+
+    faulty.faults.append(Fault("put", "audit/a.jsonl", action=migrate))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            await a.write("audit/a.jsonl", b"ours")
+            with pytest.raises(SwampfsError):
+                await a.push()
+            await a.push()
+            await a.pull()
+            assert await a.read("audit/a.jsonl") == b"ours"
+
+    run(main)
+    assert json.loads(store.get("_index/_meta.json").body)["version"] == 2
+    assert indexed(Store(store))["audit/a.jsonl"] == entry("audit/a.jsonl", b"ours") | {
+        key: value
+        for key, value in indexed(Store(store))["audit/a.jsonl"].items()
+        if key in ("lastModified", "localMtime")
+    }
+
+
+def test_a_lost_lock_stops_the_commit(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+
+    def steal():
+        key = f"data/test/{UUID}/.lock"
+        store.delete(key)
+        lock_of_another(store, key)
+
+    faulty.faults.append(Fault("put", RAW, action=steal))
+    before = store.get("_index/_meta.json").body
+
+    async def main():
+        async with machine(faulty, tmp_path / "a", ttl_ms=60) as a:
+            faulty.faults.append(Fault("put", ".datastore.lock", action=lambda: time.sleep(0.2)))
+            await a.write(RAW, b"two")
+            with pytest.raises(LeaseLostError):
+                await a.push()
+            assert a.sync.journal.op(RAW) is Op.WRITE
+
+    run(main)
+    assert store.get("_index/_meta.json").body == before
+
+
+# --- lost answers and failures ------------------------------------------------------------------------------
+
+
+@INDEXES
+@pytest.mark.parametrize("when", list(When))
+@pytest.mark.parametrize("step", range(12))
+def test_any_single_lost_answer_ends_in_one_published_version_and_no_conflict(store, tmp_path, index, when, step):
+    """Fail the n-th write of a push, before or after it was applied; push again, with a new edit in between."""
+    load(store, FILES, index)
+    faulty = FaultyStore(store)
+
+    async def main():
+        async with machine(faulty, tmp_path / "a", ttl_ms=300, patience_s=3.0) as a:
+            await a.write(RAW, b"two")
+            await a.write("audit/new.jsonl", b"new")
+            a.unlink("files/x")
+            writes = [0]
+
+            def strike(operation, key, fn):
+                if operation in ("put", "delete"):
+                    writes[0] += 1
+                    if writes[0] == step + 1:
+                        if when is When.AFTER:
+                            fn()
+                        raise PermanentFailure("cut")
+                return fn()
+
+            faulty._run = strike
+            with contextlib.suppress(SwampfsError):
+                await a.push()
+            faulty._run = lambda operation, key, fn: fn()
+            await a.write(RAW, b"three")
+            for _ in range(3):
+                await a.push()
+            assert conflicts(a) == set()
+            assert len(a.sync.journal) == 0
+            await a.pull()
+            assert await a.read(RAW) == b"three"
+
+    run(main)
+    data = check_bucket(Store(store))
+    assert data[RAW] == b"three"
+    assert data["audit/new.jsonl"] == b"new"
+    assert "files/x" not in data
+
+
+class PermanentFailure(StoreError):
+    """Not retried by the decorator: the push itself fails."""
+
+
+def test_a_commit_whose_answer_was_lost_and_retried_is_seen_by_others(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    faulty.faults.append(Fault("put", "_index/audit.json", When.AFTER))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await a.write("audit/a.jsonl", b"ours")
+            await a.push()
+            await b.pull()
+            assert await b.read("audit/a.jsonl") == b"ours"
+
+    run(main)
+
+
+def test_one_file_that_cannot_be_uploaded_keeps_no_other_back_except_its_latest(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    faulty.faults.append(Fault("put", RAW, times=99, error=PermanentFailure("too large")))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            await a.write(RAW, b"two")
+            await a.write(LATEST, b"2")
+            await a.write("audit/a.jsonl", b"b\n")
+            report = await a.push()
+            assert isinstance(report.failure, PermanentFailure)
+            assert set(a.sync.journal) == {RAW, LATEST}
+
+    run(main)
+    data = check_bucket(Store(store))
+    assert (data[RAW], data[LATEST], data["audit/a.jsonl"]) == (b"one", b"1", b"b\n")
+
+
+# --- the user goes on meanwhile -----------------------------------------------------------------------------
+
+
+@INDEXES
+def test_a_file_written_during_its_upload_stays_dirty_and_its_next_push_is_no_conflict(store, tmp_path, index):
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write(RAW, b"two")
+            original = a.sync._pusher._upload_one
+
+            async def upload(record, when):
+                result = await original(record, when)
+                await a.write(RAW, b"three")
+                a.sync._pusher._upload_one = original
+                return result
+
+            a.sync._pusher._upload_one = upload
+            await a.push()
+            assert content(store, RAW) == b"two"
+            assert RAW in a.sync.journal
+            await a.push()
+            assert conflicts(a) == set()
+
+    run(main)
+    assert check_bucket(Store(store))[RAW] == b"three"
+
+
+def test_a_file_created_written_and_removed_around_a_push_does_not_come_back(store, tmp_path):
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write("audit/t.jsonl", b"1")
+            original = a.sync._pusher._upload_one
+
+            async def upload(record, when):
+                result = await original(record, when)
+                await a.write("audit/t.jsonl", b"2")
+                a.unlink("audit/t.jsonl")
+                a.sync._pusher._upload_one = original
+                return result
+
+            a.sync._pusher._upload_one = upload
+            await a.push()
+            await a.push()
+            await a.pull()
+            assert "audit/t.jsonl" not in a.names()
+
+    run(main)
+    assert "audit/t.jsonl" not in check_bucket(Store(store))
+
+
+@INDEXES
+def test_a_remote_change_under_an_open_writer_waits_and_neither_content_is_lost(store, tmp_path, index):
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            number = await a.fs.open(a.ino("audit/a.jsonl"), os.O_RDWR)
+            await b.write("audit/a.jsonl", b"from b, longer")
+            await b.push()
+            await a.pull()
+            a.fs.files.write(number, 0, b"A")
+            a.fs.files.release(number)
+            assert (await a.push()).conflicts == ("audit/a.jsonl",)
+            assert conflicts(a) == {b"A\n"}
+            assert await a.read("audit/a.jsonl") == b"from b, longer"
+
+    run(main)
+
+
+@INDEXES
+def test_a_reader_keeps_its_version_and_the_name_gets_a_new_inode(store, tmp_path, index):
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            ino = a.ino(RAW)
+            a.fs.inodes.looked_up(ino)
+            number = await a.fs.open(ino, os.O_RDONLY)
+            await b.write(RAW, b"two")
+            await b.push()
+            await a.pull()
+            assert a.fs.files.read(number, 0, 10) == b"one"
+            assert a.fs.getattr(ino).nlink == 0
+            assert a.ino(RAW) != ino
+            assert await a.read(RAW) == b"two"
+            a.fs.files.release(number)
+
+    run(main)
+
+
+def test_news_for_a_path_that_was_busy_are_applied_when_it_is_not(store, tmp_path):
+    """Local new file, the same name published elsewhere, local removal: the remote one must appear."""
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await a.write("audit/n.jsonl", b"mine")
+            await b.write("audit/n.jsonl", b"theirs")
+            await b.push()
+            await a.pull()
+            assert await a.read("audit/n.jsonl") == b"mine"
+            a.unlink("audit/n.jsonl")
+            await a.pull()
+            assert await a.read("audit/n.jsonl") == b"theirs"
+
+    run(main)
+
+
+def test_a_file_becomes_a_directory_and_the_reverse_in_one_remote_commit(store, tmp_path):
+    load(store, {**FILES, "files/a/b": b"1", "files/c": b"2"}, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await b.read("files/c")
+            b.unlink("files/a/b")
+            b.fs.rmdir(*b.parent("files/a"))
+            b.unlink("files/c")
+            await b.write("files/a", b"file now")
+            b.mkdirs("files/c")
+            await b.write("files/c/d", b"below")
+            await b.push()
+            await a.pull()
+            assert await a.read("files/a") == b"file now"
+            assert await a.read("files/c/d") == b"below"
+            assert a.sync.catalog.findings() == []
+
+    run(main)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_directory_datastore_and_a_bucket_take_the_same_flips_of_kind(tmp_path, plain):
+    from swampfs.backends.filesystem import FilesystemStore
+
+    (tmp_path / "store").mkdir()
+    store = FilesystemStore(str(tmp_path / "store")) if plain else MemoryStore()
+
+    async def main():
+        async with machine(store, tmp_path / "a", plain=plain) as a:
+            a.mkdirs("files/d")
+            await a.write("files/d/x", b"x")
+            await a.write("files/f", b"f")
+            await a.push()
+            a.unlink("files/d/x")
+            a.fs.rmdir(*a.parent("files/d"))
+            await a.write("files/d", b"file")
+            a.unlink("files/f")
+            a.mkdirs("files/f")
+            await a.write("files/f/x", b"below")
+            await a.push()
+            assert len(a.sync.journal) == 0
+            assert conflicts(a) == set()
+        async with machine(store, tmp_path / "b", plain=plain) as b:
+            assert b.names() == {"files/d", "files/f/x"}
+            assert await b.read("files/d") == b"file"
+
+    run(main)
+
+
+# --- damage on this machine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_clean_content_that_was_lost_or_cut_short_is_fetched_again(store, tmp_path, damage):
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            assert await a.read(RAW) == b"one"
+        path = tmp_path / "a/files" / RAW
+        path.unlink() if damage == "removed" else path.write_bytes(b"")
+        async with machine(store, tmp_path / "a") as a:
+            assert await a.read(RAW) == b"one"
+
+    run(main)
+
+
+@pytest.mark.parametrize("journal", ["whole", "lost"])
+def test_a_rebuilt_catalog_never_pushes_an_old_cache_over_newer_remote_content(store, tmp_path, journal):
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await a.read(RAW)
+            await a.read("files/x")
+            await b.write(RAW, b"newer")
+            b.unlink("files/x")
+            await b.push()
+        for path in (tmp_path / "a/state").glob("catalog.db*" if journal == "whole" else "*.db*"):
+            path.unlink()
+        (tmp_path / "a/state/catalog.db").write_bytes(b"rubbish" * 1000)
+        async with machine(store, tmp_path / "a") as a:
+            await a.push()
+            await a.pull()
+            assert await a.read(RAW) == b"newer"
+            assert "files/x" not in a.names()
+
+    run(main)
+    data = check_bucket(Store(store))
+    assert data[RAW] == b"newer"
+    assert "files/x" not in data
+
+
+def test_a_full_disk_at_mount_does_not_cost_the_journal(tmp_path, monkeypatch):
+    import sqlite3
+
+    from swampfs.errors import StateError
+    from swampfs.state.journal import Journal
+
+    path = str(tmp_path / "journal.db")
+    first = Journal(path)
+    first.mark_write("audit/a", None, None)  # type: ignore[arg-type]
+    first.close()
+
+    class Full:
+        def execute(self, sql, *more):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+        def close(self):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sqlite3.connect", lambda *a, **k: Full())
+        with pytest.raises(StateError):
+            Journal(path)
+    again = Journal(path)
+    assert list(again) == ["audit/a"]
+    assert not again.lost
+    again.close()
