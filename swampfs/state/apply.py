@@ -133,7 +133,7 @@ class _Work:
         ino = self._catalog.add_remote(node.parent, entry, partition, self._now)
         self._catalog.set_attributes(ino, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=None)
         self._applied.stale.append(node)
-        self._applied.changes.append(TreeChange(node.parent, node.name, 0, content=False))
+        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
 
     def _remove(self, path: RelPath) -> None:
         if path in self._dirty:
@@ -146,7 +146,7 @@ class _Work:
             return
         self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
         self._applied.stale.append(node)
-        self._applied.changes.append(TreeChange(node.parent, node.name, 0, content=False))
+        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
         self._newest[node.parent] = self._now
         self._removed_from.add(parent_of(path))
 

@@ -63,7 +63,7 @@ class Puller:
                 if node is not None and path not in self._busy:
                     self._catalog.remove(node)
                     self._drop_content(node)
-                    changes.append(TreeChange(node.parent, node.name, 0, content=False))
+                    changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
                 continue
             except StoreError as error:
                 log.info("cannot tell whether %s was deleted, keeping it: %s", path, error)

@@ -399,7 +399,7 @@ class Pusher:
             if node is not None:
                 self._catalog.remove(node)
                 self._drop_content(node)
-                batch.changes.append(TreeChange(node.parent, node.name, 0, content=False))
+                batch.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
             if current is not None:
                 parent = self._catalog.make_parents(record.path)
                 self._catalog.add_remote(parent, current, partition, time.time_ns())
