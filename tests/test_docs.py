@@ -1,0 +1,33 @@
+"""The manual is tested: every guarantee names a test that exists, and every guarantee has one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEMANTICS = (ROOT / "docs/semantics.md").read_text()
+
+
+def test_every_guarantee_names_tests_that_exist():
+    names = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    for line in SEMANTICS.splitlines():
+        if line.startswith("- "):
+            named = re.findall(r"`(test_\w+)`", line)
+            assert named, f"no test: {line}"
+            assert set(named) <= names, set(named) - names
+
+
+def test_every_link_in_the_manual_leads_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} → {target}"
+
+
+def test_every_command_in_the_readme_exists():
+    from swampfs.cli.main import main
+
+    used = set(re.findall(r"swampfs (mount|umount|status|flush|version)\b", (ROOT / "README.md").read_text()))
+    assert used <= set(main.commands)
