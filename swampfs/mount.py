@@ -171,7 +171,8 @@ class Mount:
         async def flush(message: Mapping[str, Any]) -> dict[str, Any]:
             paths = message.get("paths")
             wanted = None if paths is None else [rel_path(path) if path else RelPath("") for path in paths]
-            await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
+            if not self.settings.read_only:  # what an earlier mount left in the journal waits for one that may push
+                await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
             return {"pending": len(self.writeback.pending())}
 
         async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,7 +324,8 @@ async def _signals(mount: Mount) -> None:
     async def finish() -> None:
         with stopping:
             try:
-                await mount.writeback.flush(None, _UNMOUNT_FLUSH_S)
+                if not mount.settings.read_only:
+                    await mount.writeback.flush(None, _UNMOUNT_FLUSH_S)
             except PushPendingError as error:
                 log.info("unmounting with changes pending: %s", error.line())
         mount.stop.set()

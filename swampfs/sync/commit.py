@@ -96,6 +96,10 @@ class Commit:
                 return entry
         return None
 
+    def _raw(self, path: RelPath) -> object:
+        found = (entries_of(document.content, document.key).get(path) for document in self.documents.values())
+        return next((raw for raw in found if raw is not None), None)
+
     def precondition(self, path: RelPath) -> Precondition:
         """An object may be replaced at will: what names it is the index, which is fenced."""
         return ALWAYS
@@ -172,11 +176,14 @@ class Commit:
     async def _commit_shards(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
         base_etag = self.meta_etag
         touched = []
+        # A delete that finds nothing may be one whose commit got as far as the shard: the others still have to be told.
+        repeated = any(self._raw(path) is None for path in deletes)
         for name in sorted(self.documents):
             mine = [entry for entry in puts if home_partition(entry.path) == name]
-            if await self._write(name, mine, deletes):
+            elsewhere = [entry.path for entry in puts if home_partition(entry.path) != name]
+            if await self._write(name, mine, [*deletes, *elsewhere]):
                 touched.append(name)
-        if not touched:
+        if not touched and not repeated:
             return None
         emptied = {name for name in touched if not entries_of(self.documents[name].content, name)}
         await self._write_meta(set(touched) - emptied, emptied)

@@ -54,7 +54,6 @@ class _Batch:
     uploads: list[DirtyPath] = field(default_factory=list)
     deletes: list[DirtyPath] = field(default_factory=list)
     conflicts: list[DirtyPath] = field(default_factory=list)
-    settled: list[DirtyPath] = field(default_factory=list)  # already true in the remote
     entries: dict[RelPath, IndexEntry] = field(default_factory=dict)  # uploaded
     failures: list[Exception] = field(default_factory=list)
     changes: list[TreeChange] = field(default_factory=list)
@@ -199,10 +198,8 @@ class Pusher:
             if current is not None and self._journal.was_sent(record.path, current):
                 unchanged = True  # our own commit, whose answer was lost
             if record.op is Op.DELETE:
-                if current is None:
-                    batch.settled.append(record)
-                else:
-                    (batch.deletes if unchanged else batch.conflicts).append(record)
+                # Found gone: by somebody else, or by a push of ours that did not get to the end. Again is safe.
+                (batch.deletes if unchanged or current is None else batch.conflicts).append(record)
             elif unchanged or self._holds_same(record, current):
                 batch.uploads.append(record)
             else:
@@ -238,7 +235,7 @@ class Pusher:
         failed = {model_of(record.path) for record in content if record.path not in done}
         markers = [record for record in wanted if is_latest_marker(record.path) and model_of(record.path) not in failed]
         await self._upload_all(batch, markers, transaction)
-        if batch.failures and not (batch.uploads or batch.deletes or batch.settled or batch.conflicts):
+        if batch.failures and not (batch.uploads or batch.deletes or batch.conflicts):
             raise batch.failures[0]
 
     async def _upload_all(self, batch: _Batch, records: Sequence[DirtyPath], transaction: IndexTransaction) -> None:
@@ -292,7 +289,7 @@ class Pusher:
     async def _clear_the_way(self, batch: _Batch, transaction: IndexTransaction) -> None:
         """In a directory, a file that became a directory (or the reverse) must go before its successor can come."""
         uploads = [record.path for record in batch.uploads]
-        for record in [*batch.deletes, *batch.settled]:
+        for record in batch.deletes:
             if any(is_below(path, record.path) or is_below(record.path, path) for path in uploads):
                 when = transaction.precondition(record.path)
                 await self._remote.delete(self._keys.data(record.path), ALWAYS if when.absent else when)
@@ -300,8 +297,7 @@ class Pusher:
     async def _delete_objects(self, batch: _Batch, transaction: IndexTransaction) -> None:
         """After the commit (H20): a crash in between leaves unlisted objects, never dangling entries.
 
-        Also for deletes found done: an earlier push may have committed them and failed just here. What fails stays
-        journaled.
+        What fails stays journaled, so that the next push does it again.
         """
         gone: list[DirtyPath] = []
 
@@ -310,15 +306,12 @@ class Pusher:
             try:
                 await self._remote.delete(self._keys.data(record.path), ALWAYS if when.absent else when)
             except (AbsentError, PreconditionError):
-                if record in batch.deletes and transaction.in_place and not await self._is_gone(record.path):
+                if transaction.in_place and not await self._is_gone(record.path):
                     raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
             gone.append(record)
 
-        settled = [record for record in batch.settled if record.base is not None]
-        batch.failures += await for_each([*batch.deletes, *settled], one, at_once=_UPLOADS_AT_ONCE)
-        kept = {record.path for record in (*batch.deletes, *settled)} - {record.path for record in gone}
-        batch.deletes = [record for record in batch.deletes if record.path not in kept]
-        batch.settled = [record for record in batch.settled if record.path not in kept]
+        batch.failures += await for_each(batch.deletes, one, at_once=_UPLOADS_AT_ONCE)
+        batch.deletes = gone
 
     async def _is_gone(self, path: RelPath) -> bool:
         try:
@@ -334,7 +327,7 @@ class Pusher:
         done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = []
         for record in batch.uploads:
             done.append((record, batch.entries[record.path], self._partition(record.path)))
-        done += [(record, None, None) for record in (*batch.deletes, *batch.settled)]
+        done += [(record, None, None) for record in batch.deletes]
         retired = self._journal.retire(done)
         self._catalog.epoch += 1
         with self._catalog.transaction():

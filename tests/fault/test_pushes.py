@@ -571,3 +571,23 @@ def test_a_full_disk_at_mount_does_not_cost_the_journal(tmp_path, monkeypatch):
     assert list(again) == ["audit/a"]
     assert not again.lost
     again.close()
+
+
+def test_a_delete_committed_only_as_far_as_the_shard_is_still_told_to_the_others(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    faulty.faults.append(Fault("put", "_index/_meta.json", error=PermanentFailure("cut")))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            a.unlink("files/x")
+            with pytest.raises(PermanentFailure):
+                await a.push()
+            await b.pull()
+            await a.push()
+            await b.pull()
+            assert "files/x" not in b.names()
+            assert len(a.sync.journal) == 0
+
+    run(main)
+    assert "files/x" not in check_bucket(Store(store))

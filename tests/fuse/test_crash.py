@@ -158,3 +158,18 @@ def test_a_plain_umount_leaves_the_journal_to_the_next_mount(bucket, fleet):
     machine.mount(bucket.url)
     machine.umount()
     assert check_bucket(bucket)["audit/last.jsonl"] == b"words\n"
+
+
+def test_a_read_only_mount_leaves_the_journal_for_a_mount_that_may_push(bucket, fleet):
+    machine = fleet.machine(env=bucket.env, options=NEVER_PUSH)
+    machine.mount(bucket.url)
+    (machine.path / "audit").mkdir()
+    (machine.path / "audit/x.jsonl").write_text("unpushed\n")
+    machine.kill()
+    machine.mount(bucket.url, "--read-only")
+    assert (machine.path / "audit/x.jsonl").read_text() == "unpushed\n"
+    machine.umount()
+    assert bucket.keys() == []
+    machine.mount(bucket.url)
+    machine.umount()
+    assert check_bucket(bucket) == {"audit/x.jsonl": b"unpushed\n"}
