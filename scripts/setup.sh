@@ -36,7 +36,15 @@ find_python() {
             return
         fi
     done
-    die "needs Python 3.11 or newer with venv (Debian: apt-get install python3 python3-venv)"
+    return 1
+}
+
+# A Python with venv, and the headers that pyfuse3 is compiled with.
+need_python() {
+    find_python >/dev/null || need_packages python3 python3-venv
+    BASE_PYTHON="$(find_python)" || die "needs Python 3.11 or newer with venv; set SWAMPFS_PYTHON to one"
+    "$BASE_PYTHON" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+        || need_packages python3-dev
 }
 
 # The stamp changes with pyproject.toml, so a pull that adds a dependency installs it.
@@ -45,14 +53,15 @@ install_project() { # extras, "core" for none
     [ "$1" = core ] || spec="$ROOT[$1]"
     wanted="$(sha256sum "$ROOT/pyproject.toml" | cut -d' ' -f1)"
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
-    [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+    [ -x "$VENV/bin/python" ] || "$BASE_PYTHON" -m venv "$VENV"
     say "installing swampfs[$1] into $VENV"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$spec" 2> >(grep -v '^WARNING: Location' >&2)
     printf '%s' "$wanted" > "$stamp"
 }
 
 setup() { # extras
-    need_packages fuse3 libfuse3-dev pkg-config gcc python3-dev
+    need_packages fuse3 libfuse3-dev pkg-config gcc
+    need_python
     [ -e /dev/fuse ] || as_root modprobe fuse 2>/dev/null || true
     [ -e /dev/fuse ] || die "there is no /dev/fuse: load the kernel's fuse module, or give the container the device"
     install_project "$1"
