@@ -185,8 +185,8 @@ class Files:
         """Change a file's length; its content must be local unless the length is 0."""
         file = self._open.get(node.ino) or OpenFile(node.path)
         self._about_to_change(node.ino, file)
-        if node.residency is Residency.STUB:
-            os.close(self._sync.cache.create(node.path))
+        if size == 0:
+            os.close(self._sync.cache.create(node.path))  # whether or not there is content here
         else:
             os.truncate(self._sync.cache.path(node.path), size)
         self._sync.catalog.set_content(node.ino, size, time.time_ns(), Residency.DIRTY)
@@ -194,7 +194,13 @@ class Files:
 
     async def make_local(self, node: Node) -> Node:
         """Content on this machine, whatever it takes."""
-        return await self._hydrated(node)
+        while True:
+            node = await self._hydrated(node)
+            fd = self._open_content(node, os.O_RDONLY)
+            if fd is not None:
+                os.close(fd)
+                return node
+            node = node._replace(residency=Residency.STUB)
 
     async def fsync(self, number: int) -> None:
         """Bytes and journal survive a power cut on return. The journal first: bytes without a mark are nobody's."""

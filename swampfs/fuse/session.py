@@ -32,7 +32,8 @@ def mount(fs: FileSystem, settings: MountSettings) -> None:
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse", remedy="install fuse3, or load the kernel's fuse module")
     options = set(pyfuse3.default_options)
-    options |= {f"fsname={settings.source.url}", "subtype=swampfs", "default_permissions"}
+    name = settings.source.url.replace(",", "%2C")  # a comma ends a mount option
+    options |= {f"fsname={name}", "subtype=swampfs", "default_permissions"}
     if os.geteuid() == 0:
         options |= {"nosuid", "nodev"}  # fusermount3 adds them for everybody else
     if settings.allow_other:

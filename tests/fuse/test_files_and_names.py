@@ -246,3 +246,29 @@ def test_umount_refuses_while_a_file_is_open_and_says_so(fleet, store_dir):
         assert machine.is_mounted()
     machine.umount()
     assert (store_dir / "held").read_text() == "x"
+
+
+def test_df_reports_the_datastore_and_the_room_on_this_machine(fleet, store_dir, home):
+    (store_dir / "audit").mkdir()
+    (store_dir / "audit/big").write_bytes(b"x" * 1_000_000)
+    machine = fleet.machine()
+    machine.mount(f"file://{store_dir}")
+    found, disk = os.statvfs(machine.path), os.statvfs(home)
+    used = (found.f_blocks - found.f_bfree) * found.f_frsize
+    assert 1_000_000 <= used < 1_010_000
+    assert found.f_namemax == 255
+    assert abs(found.f_bavail * found.f_frsize - disk.f_bavail * disk.f_frsize) < 1 << 30
+    machine.umount()
+
+
+def test_a_datastore_with_a_comma_and_spaces_in_its_name_mounts_and_is_found(fleet, home):
+    odd = home / "odd, name"
+    odd.mkdir()
+    (odd / "files").mkdir()
+    (odd / "files/x").write_text("x")
+    machine = fleet.machine()
+    machine.mount(f"file://{odd}")
+    assert (machine.path / "files/x").read_text() == "x"
+    done = subprocess.run(["findmnt", "-n", "-o", "FSTYPE", str(machine.path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "fuse.swampfs"
+    machine.umount()
