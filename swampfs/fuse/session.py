@@ -7,6 +7,8 @@ import errno
 import logging
 import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
 
 import pyfuse3
 import trio
@@ -31,6 +33,8 @@ def mount(fs: FileSystem, settings: MountSettings) -> None:
     """
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse", remedy="install fuse3, or load the kernel's fuse module")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError("/dev/fuse may not be opened by this user", remedy="mount as root, or `chmod 666 /dev/fuse`")
     options = set(pyfuse3.default_options)
     name = settings.source.url.replace(",", "%2C")  # a comma ends a mount option
     options |= {f"fsname={name}", "subtype=swampfs", "default_permissions"}
@@ -42,13 +46,28 @@ def mount(fs: FileSystem, settings: MountSettings) -> None:
         options.add("allow_root")
     if settings.read_only:
         options.add("ro")
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _stderr_to(said.fileno()):
+                pyfuse3.init(Operations(fs, settings.timeout_s), str(settings.mountpoint), options)
+        except RuntimeError as error:
+            said.seek(0)
+            reason = " ".join(said.read().decode(errors="replace").split()) or str(error)
+            raise MountError(
+                f"{settings.mountpoint} could not be mounted: {reason}", remedy="check that fuse3 is installed"
+            ) from None
+
+
+@contextlib.contextmanager
+def _stderr_to(target: int) -> Iterator[None]:
+    """libfuse and fusermount3 say why they fail on descriptor 2 and nowhere else."""
+    kept = os.dup(2)
+    os.dup2(target, 2)
     try:
-        pyfuse3.init(Operations(fs, settings.timeout_s), str(settings.mountpoint), options)
-    except RuntimeError as error:
-        raise MountError(
-            f"{settings.mountpoint} could not be mounted: {error}",
-            remedy="see the line above from fusermount3; check that fuse3 is installed and you may use it",
-        ) from None
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 async def serve() -> None:

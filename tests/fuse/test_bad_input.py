@@ -268,3 +268,21 @@ def test_a_store_that_ignores_preconditions_is_refused_for_writing(fleet, home):
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_reason_of_libfuse_reaches_the_user(monkeypatch, tmp_path):
+    """libfuse and fusermount3 speak on descriptor 2 only, which a background mount's parent never sees."""
+    from swampfs.errors import MountError
+    from swampfs.fuse import session
+    from swampfs.settings import MountSettings, source_of_url
+
+    def refuse(*arguments):
+        os.write(2, b"fusermount3: option allow_other only allowed\nif 'user_allow_other' is set\n")
+        raise RuntimeError("fuse_session_mount failed")
+
+    monkeypatch.setattr("pyfuse3.init", refuse)
+    monkeypatch.setattr(session, "Operations", lambda fs, timeout_s: None)
+    settings = MountSettings(source_of_url(f"file://{tmp_path}"), tmp_path / "m", tmp_path / "s")
+    with pytest.raises(MountError) as caught:
+        session.mount(None, settings)  # type: ignore[arg-type]
+    assert "only allowed if 'user_allow_other' is set" in caught.value.line()
