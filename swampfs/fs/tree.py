@@ -86,6 +86,7 @@ class Tree:
         self._unname(node)
         self._sync.cache.remove(node.path)
         self._catalog.remove(node)
+        self._catalog.unhide(node.path)
         if node.path in self._sync.journal:
             self._on_dirty(node.path)
         return node
@@ -98,6 +99,7 @@ class Tree:
             raise fail(errno.ENOTEMPTY, node.path)
         self._sync.cache.remove_dir(node.path)
         self._catalog.remove(node)
+        self._catalog.unhide(node.path)
         if self._inodes.is_held(node.ino):
             self._inodes.orphans[node.ino] = Orphan(node, None)
         return node
@@ -116,17 +118,20 @@ class Tree:
 
     # --- renaming -----------------------------------------------------------------------------------------
 
-    async def rename(self, parent: Node, name: str, new_parent: Node, new_name: str, *, replace: bool) -> RelPath:
-        """POSIX rename within the datastore tier. Returns the new path.
+    async def rename(
+        self, parent: int, name: str, new_parent: int, new_name: str, *, replace: bool
+    ) -> tuple[RelPath, RelPath]:
+        """POSIX rename within the datastore tier, of names in directories given by inode. Returns old and new path.
 
         What moves must be local, because only content that is here can be published under the new name.
         """
         while True:
-            node = self.existing(parent, name)
-            target = self.child_path(new_parent, new_name)
-            over = self._catalog.child(new_parent.ino, new_name)
+            # Read anew after each wait: others may have moved or removed anything.
+            node = self.existing(self.directory(parent), name)
+            target = self.child_path(self.directory(new_parent), new_name)
+            over = self._catalog.child(new_parent, new_name)
             if over is not None and over.ino == node.ino:
-                return target
+                return node.path, target
             self._check_rename(node, target, over, replace)
             stubs = [file for file in self._catalog.files_below(node.path) if file.residency is Residency.STUB]
             if not stubs:
@@ -135,7 +140,7 @@ class Tree:
             if errors:
                 raise errors[0]
         self._move(node, target, over)
-        return target
+        return node.path, target
 
     def _check_rename(self, node: Node, target: RelPath, over: Node | None, replace: bool) -> None:
         if node.is_dir and (target + "/").startswith(node.path + "/"):
@@ -170,6 +175,7 @@ class Tree:
             if over is not None:
                 self._catalog.remove(over)
             self._catalog.move(node, target)
+            self._catalog.unhide(node.path)
             self._catalog.unpublish(target)
             for _, new in moves:
                 if new is not None:

@@ -245,8 +245,8 @@ class FileSystem:
                 raise fail(errno.ENOTEMPTY, new)
             if self._local.would_strand(old, new):
                 raise fail(errno.EXDEV, new)
-        moved = await self.tree.rename(source, name, target, new_name, replace=replace)
-        self._local.move_shadow(old, moved)
+        moved = await self.tree.rename(source.ino, name, target.ino, new_name, replace=replace)
+        self._local.move_shadow(*moved)
 
     def _end(self, parent: int, name: str) -> tuple[Node | None, RelPath]:
         """One end of a rename: the datastore directory it is in, or ``None`` for the local tier."""

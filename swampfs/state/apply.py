@@ -31,17 +31,20 @@ def apply_delta(catalog: Catalog, delta: IndexDelta, dirty: Container[str]) -> A
         known = catalog.partitions()
         vanished = known.keys() - delta.kept - delta.changed.keys()
         work = _Work(catalog, dirty, applied, fresh=not known and not catalog.has_children(ROOT_INO))
+        waiting: set[str] = set()
         if not work.fresh:
             # Removals first, over all partitions: a file may become a directory, or move to another partition.
             staying = {entry.path for partition in delta.changed.values() for entry in partition.entries}
-            for name in (*delta.changed, *vanished):
-                work.remove_gone(name, staying)
+            waiting = {name for name in (*delta.changed, *vanished) if not work.remove_gone(name, staying)}
             work.prune()
+        # Without its ETag a partition is looked at again by the next poll: it holds news for a path that was busy.
         for name in vanished:
-            catalog.db.execute("DELETE FROM partition WHERE name = ?", (name,))
+            if name in waiting:
+                catalog.read_again(name)
+            else:
+                catalog.db.execute("DELETE FROM partition WHERE name = ?", (name,))
         for name, partition in delta.changed.items():
-            complete = work.add_and_update(name, partition)
-            # Without its ETag a partition is read again by the next poll: it holds news for a path that was busy.
+            complete = work.add_and_update(name, partition) and name not in waiting
             etag = partition.etag if complete else ""
             catalog.db.execute("INSERT OR REPLACE INTO partition VALUES (?, ?)", (name, etag))
         work.finish()
@@ -66,12 +69,13 @@ class _Work:
         self._parked = set(catalog.parked())
         self._findings: list[Finding] = []
 
-    def remove_gone(self, name: str, staying: Container[str]) -> None:
-        """Remove rows read from a partition that it no longer holds."""
+    def remove_gone(self, name: str, staying: Container[str]) -> bool:
+        """Remove rows read from a partition that it no longer holds; returns whether none of them was busy."""
         self._catalog.db.execute("DELETE FROM finding WHERE partition = ?", (name,))
         rows = self._catalog.db.execute("SELECT path FROM node WHERE partition = ?", (name,)).fetchall()
-        for path in sorted(row[0] for row in rows if row[0] not in staying):
-            self._remove(RelPath(path))
+        gone = sorted(row[0] for row in rows if row[0] not in staying)
+        busy = [path for path in gone if not self._remove(RelPath(path))]
+        return not busy
 
     def add_and_update(self, name: str, partition: Partition) -> bool:
         """Make rows equal to a partition's entries; returns whether none had to be passed over as busy."""
@@ -86,27 +90,42 @@ class _Work:
             if entry.path in self._dirty or (node is not None and node.residency is Residency.DIRTY):
                 complete = complete and node is not None and entry == node.base
             elif node is None:
-                self._add(entry, name)
+                complete = self._add(entry, name) and complete
             else:
                 self._update(node, entry, name)
         return complete
 
-    def _add(self, entry: IndexEntry, partition: str) -> None:
+    def _add(self, entry: IndexEntry, partition: str) -> bool:
+        """Returns whether the entry could be shown, or is hidden for good."""
         directory = parent_of(entry.path)
         parent = self._directories.get(directory)
         if parent is None:
             missing = self._catalog.missing_directories(entry.path)
-            try:
-                parent = self._catalog.make_parents(entry.path)
-            except NotADirectoryError as error:
-                self._clash(entry.path, f"{error} is a file", partition)
-                return
+            if not self._give_way(entry.path):
+                self._clash(entry.path, "a directory it needs is a file here, changed or open", partition)
+                return False
+            parent = self._catalog.make_parents(entry.path)
             self._directories[directory] = parent
             self._note_created(missing)
         ino = self._catalog.add_remote(parent, entry, partition, self._now)
         self._newest[parent] = max(self._newest.get(parent, 0), entry.mtime_ns if self.fresh else self._now)
         if not self.fresh:
             self._applied.changes.append(TreeChange(parent, entry.path.rpartition("/")[2], ino, content=False))
+        return True
+
+    def _give_way(self, path: RelPath) -> bool:
+        """If the index has both ``d`` and ``d/x``, every machine shows the directory. Hides a file in the way."""
+        directory = parent_of(path)
+        while directory:
+            node = self._catalog.at(directory)
+            if node is not None and not node.is_dir:
+                if directory in self._dirty or node.residency is Residency.DIRTY:
+                    return False
+                self._take_away(node)
+                self._clash(directory, "it is both a file and a directory", node.partition or "")
+                return True
+            directory = parent_of(directory)
+        return True
 
     def _note_created(self, directories: Sequence[str]) -> None:
         for directory in directories:
@@ -141,20 +160,27 @@ class _Work:
         self._applied.stale.append(node)
         self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
 
-    def _remove(self, path: RelPath) -> None:
+    def _remove(self, path: RelPath) -> bool:
         if path in self._dirty:
-            return
+            return False
         if path in self._parked:
             self._applied.missing_parked.append(path)
-            return
+            return True
         node = self._catalog.at(path)
-        if node is None or node.residency is Residency.DIRTY:
-            return
+        if node is None:
+            return True
+        if node.residency is Residency.DIRTY:
+            return False
+        self._take_away(node)
+        return True
+
+    def _take_away(self, node: Node) -> None:
         self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
         self._applied.stale.append(node)
         self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
         self._newest[node.parent] = self._now
-        self._removed_from.add(parent_of(path))
+        self._removed_from.add(parent_of(node.path))
+        self._catalog.unhide(node.path)
 
     def prune(self) -> None:
         """Remove directories that only existed for files now gone."""
@@ -177,6 +203,7 @@ class _Work:
             if row is None or self._catalog.has_children(row[0]):
                 return
             self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (row[0],))
+            self._catalog.unhide(directory)
             self._applied.changes.append(TreeChange(row[1], row[2], row[0], content=False))
             self._newest.pop(row[0], None)
             self._newest[row[1]] = self._now

@@ -61,7 +61,7 @@ class CacheDir:
     def remove(self, rel: RelPath) -> None:
         try:
             os.unlink(self.path(rel))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         self._prune(rel)
 

@@ -287,6 +287,18 @@ class Catalog:
         """Have the next poll read a partition whatever its ETag."""
         self.db.execute("UPDATE partition SET etag = '' WHERE name = ?", (partition,))
 
+    def unhide(self, path: str) -> None:
+        """A name went away: whatever the index has under it and could not be shown beside it is looked at again."""
+        self.db.execute(
+            "UPDATE partition SET etag = '' WHERE name IN (SELECT partition FROM finding"
+            " WHERE kind = 'index-clash' AND (path = ? OR (path >= ? AND path < ?)))",
+            (path, f"{path}/", f"{path}0"),
+        )
+
+    def sync(self) -> None:
+        """Make what was written so far survive a power cut, before the journal forgets it."""
+        self.db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
     def look_again(self) -> bool:
         """Whether some partition must be read whatever its ETag: it holds news for a path that was busy."""
         return self.db.execute("SELECT 1 FROM partition WHERE etag = ''").fetchone() is not None

@@ -17,7 +17,8 @@ from swampfs.state.schema import JOURNAL, JOURNAL_VERSION, SchemaError, open_dat
 _COLUMNS = "path, op, generation, partition, base_size, base_sha256, base_modified, base_mtime"
 _UPSERT = f"""
 INSERT INTO dirty ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (path) DO UPDATE SET op = excluded.op, generation = excluded.generation
+ON CONFLICT (path) DO UPDATE SET op = excluded.op, generation = excluded.generation,
+    was_deleted = CASE WHEN dirty.op = 'delete' AND excluded.op = 'write' THEN 1 ELSE dirty.was_deleted END
 """
 
 
@@ -70,9 +71,9 @@ class Journal:
         self._put(path, Op.WRITE, base, partition)
 
     def mark_delete(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
-        """Announce a removal. A path that never was in the datastore is simply forgotten."""
+        """Announce a removal. A path that surely never was in the datastore is simply forgotten."""
         known = self.get(path)
-        if (known.base if known else base) is None and path not in self._in_flight:
+        if (known.base if known else base) is None and path not in self._in_flight and self._sent(path) is None:
             self.forget(path)
         else:
             self._put(path, Op.DELETE, base, partition)
@@ -134,18 +135,34 @@ class Journal:
         self._sealed.difference_update(paths)
         self._in_flight.difference_update(paths)
 
-    def note_sent(self, entries: Iterable[tuple[DirtyPath, IndexEntry]]) -> None:
-        """About to commit these: should the answer be lost, the next push knows its own bytes again."""
-        with transaction(self._db):
-            self._db.executemany(
-                "UPDATE dirty SET sent_size = ?, sent_sha256 = ? WHERE path = ? AND generation = ?",
-                [(entry.size, entry.sha256, record.path, record.generation) for record, entry in entries],
-            )
+    def note_sent(self, record: DirtyPath, size: int, sha256: str) -> None:
+        """About to upload this: should the outcome be lost, the next push knows its own bytes again."""
+        self._db.execute("UPDATE dirty SET sent_size = ?, sent_sha256 = ? WHERE path = ?", (size, sha256, record.path))
 
-    def was_sent(self, path: str, entry: IndexEntry) -> bool:
-        """Whether an earlier push of this machine uploaded exactly this content for the path."""
+    def was_sent(self, path: str, size: int, sha256: str | None) -> bool:
+        """Whether an earlier push of this machine uploaded this content for the path.
+
+        ``sha256`` may be unknown; then only the size is compared, and the caller must look at the content.
+        """
+        sent = self._sent(path)
+        return sent is not None and sent[0] == size and sha256 in (None, sent[1])
+
+    def _sent(self, path: str) -> tuple[int, str] | None:
         row = self._db.execute("SELECT sent_size, sent_sha256 FROM dirty WHERE path = ?", (path,)).fetchone()
-        return row is not None and row[1] is not None and (row[0], row[1]) == (entry.size, entry.sha256)
+        return None if row is None or row[1] is None else (row[0], row[1])
+
+    def was_deleted(self, path: str) -> bool:
+        """Whether a write in the journal replaced a removal that was acknowledged."""
+        row = self._db.execute("SELECT was_deleted FROM dirty WHERE path = ?", (path,)).fetchone()
+        return row is not None and bool(row[0])
+
+    def rebase(self, record: DirtyPath, base: IndexEntry, partition: str | None) -> DirtyPath:
+        """The remote turned out to hold an earlier version of ours: later versions start from that."""
+        self._db.execute(
+            "UPDATE dirty SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=? WHERE path=?",
+            (*_base_columns(base, partition), record.path),
+        )
+        return record._replace(base=base, partition=partition)
 
     def retire(self, done: Sequence[tuple[DirtyPath, IndexEntry | None, str | None]]) -> set[str]:
         """Drop the records a commit made true; returns their paths.
@@ -163,8 +180,8 @@ class Journal:
                     self._ops.pop(record.path, None)
                 else:
                     self._db.execute(
-                        "UPDATE dirty SET sent_size=NULL, sent_sha256=NULL, partition=?, base_size=?, base_sha256=?,"
-                        " base_modified=?, base_mtime=? WHERE path = ?",
+                        "UPDATE dirty SET was_deleted=0, sent_size=NULL, sent_sha256=NULL, partition=?, base_size=?,"
+                        " base_sha256=?, base_modified=?, base_mtime=? WHERE path = ?",
                         (*_base_columns(entry, partition), record.path),
                     )
         self._sealed.difference_update(record.path for record, _, _ in done)

@@ -59,7 +59,8 @@ CREATE TABLE dirty (
     base_modified TEXT,
     base_mtime    TEXT,
     sent_size     INTEGER,                            -- what a push uploaded and meant to commit: if its outcome was
-    sent_sha256   TEXT                                -- lost, finding this in the index is no conflict
+    sent_sha256   TEXT,                               -- lost, finding this in the index is no conflict
+    was_deleted   INTEGER NOT NULL DEFAULT 0          -- 1: a removal that became a write before it was pushed
 ) STRICT;
 CREATE TABLE intent (id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, target TEXT NOT NULL) STRICT;
 """

@@ -176,8 +176,10 @@ class Commit:
     async def _commit_shards(self, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> IndexDelta | None:
         base_etag = self.meta_etag
         touched = []
-        # A delete that finds nothing may be one whose commit got as far as the shard: the others still have to be told.
-        repeated = any(self._raw(path) is None for path in deletes)
+        # What is in the shards already may be of a commit that got no further: the others still have to be told.
+        repeated = any(self._raw(path) is None for path in deletes) or any(
+            self._raw(entry.path) == encode_entry(entry, self._raw(entry.path)) for entry in puts
+        )
         for name in sorted(self.documents):
             mine = [entry for entry in puts if home_partition(entry.path) == name]
             elsewhere = [entry.path for entry in puts if home_partition(entry.path) != name]
@@ -185,7 +187,8 @@ class Commit:
                 touched.append(name)
         if not touched and not repeated:
             return None
-        emptied = {name for name in touched if not entries_of(self.documents[name].content, name)}
+        listed = [name for name in self.documents if name in self.meta.partitions] if self.meta else []
+        emptied = {name for name in {*touched, *listed} if not entries_of(self.documents[name].content, name)}
         await self._write_meta(set(touched) - emptied, emptied)
         for name in sorted(emptied):
             # After meta stopped listing it: a crash in between leaves a readable index.

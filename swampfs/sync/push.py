@@ -23,6 +23,7 @@ from swampfs.errors import (
     PreconditionError,
 )
 from swampfs.names import (
+    ROOT_PARTITION,
     ModelRef,
     RelPath,
     home_partition,
@@ -54,7 +55,8 @@ class _Batch:
     uploads: list[DirtyPath] = field(default_factory=list)
     deletes: list[DirtyPath] = field(default_factory=list)
     conflicts: list[DirtyPath] = field(default_factory=list)
-    entries: dict[RelPath, IndexEntry] = field(default_factory=dict)  # uploaded
+    present: list[DirtyPath] = field(default_factory=list)  # the remote has these bytes already
+    entries: dict[RelPath, IndexEntry] = field(default_factory=dict)  # of uploads and present
     failures: list[Exception] = field(default_factory=list)
     changes: list[TreeChange] = field(default_factory=list)
 
@@ -166,7 +168,7 @@ class Pusher:
         known, epoch = self._catalog.watermark(), self._catalog.epoch
         hints = {record.path: record.partition for record in batch.records}
         transaction = await self._index.begin(hints, known, parked)
-        self._sort(batch, transaction)
+        await self._sort(batch, transaction)
         if transaction.in_place:
             await self._clear_the_way(batch, transaction)
         await self._upload(batch, transaction)
@@ -174,7 +176,6 @@ class Pusher:
         if batch.entries or batch.deletes or parked:
             if locks[-1:] == [] or locks[-1].key != self._keys.global_lock:
                 await self._lock_global(stack, locks)
-            self._journal.note_sent((r, batch.entries[r.path]) for r in batch.uploads)
             for lock in locks:
                 lock.check()
             delta = await transaction.commit(list(batch.entries.values()), [r.path for r in batch.deletes])
@@ -188,20 +189,26 @@ class Pusher:
             for node in applied.stale:
                 self._drop_content(node)
             batch.changes.extend(applied.changes)
+            if applied.missing_parked:
+                self._catalog.read_again(ROOT_PARTITION)  # the next poll asks after their objects
         self._keep_conflicts(batch, transaction)
 
-    def _sort(self, batch: _Batch, transaction: IndexTransaction) -> None:
-        """Decide for each record: upload, delete, already done, or conflict."""
+    async def _sort(self, batch: _Batch, transaction: IndexTransaction) -> None:
+        """Decide for each record: upload, delete, already there, or conflict."""
         for record in batch.records:
             current = self._current(transaction, record.path)
             unchanged = current is None if record.base is None else record.base.same_content(current)
-            if current is not None and self._journal.was_sent(record.path, current):
-                unchanged = True  # our own commit, whose answer was lost
+            if not unchanged and current is not None and await self._was_sent(record, current):
+                # Our own earlier version, whose commit was not answered: what we have now starts from that.
+                record, unchanged = self._journal.rebase(record, current, self._partition(record.path)), True  # noqa: PLW2901
             if record.op is Op.DELETE:
                 # Found gone: by somebody else, or by a push of ours that did not get to the end. Again is safe.
                 (batch.deletes if unchanged or current is None else batch.conflicts).append(record)
-            elif unchanged or self._holds_same(record, current):
+            elif unchanged or current is None:  # removed there, rewritten here: content wins over absence
                 batch.uploads.append(record)
+            elif await self._holds_same(record, current):
+                batch.present.append(record)
+                batch.entries[record.path] = current
             else:
                 batch.conflicts.append(record)
 
@@ -211,14 +218,35 @@ class Pusher:
         except IndexCorruptError:
             return None  # a malformed entry names no content; ours replaces it
 
-    def _holds_same(self, record: DirtyPath, current: IndexEntry | None) -> bool:
-        """Two machines that wrote the same bytes do not conflict (lesson 4: compare content, not times)."""
-        if current is None:
-            return True  # removed there, rewritten here: content wins over absence
-        stat = self._cache.stat(record.path)
-        if stat is None or stat.st_size != current.size or current.sha256 is None:
+    async def _was_sent(self, record: DirtyPath, current: IndexEntry) -> bool:
+        if not self._journal.was_sent(record.path, current.size, current.sha256):
             return False
-        return hash_file(self._cache.path(record.path)) == current.sha256
+        return current.sha256 is not None or self._journal.was_sent(
+            record.path, current.size, await self._remote_hash(record.path)
+        )
+
+    async def _holds_same(self, record: DirtyPath, current: IndexEntry) -> bool:
+        """Two machines that wrote the same bytes do not conflict (lesson 4: compare content, not times)."""
+        stat = self._cache.stat(record.path)
+        if stat is None or stat.st_size != current.size:
+            return False
+        theirs = current.sha256 or await self._remote_hash(record.path)
+        ours = await self._remote.threads.read(Lane.DISK, hash_file, self._cache.path(record.path))
+        return ours == theirs
+
+    async def _remote_hash(self, path: RelPath) -> str:
+        """Of an object whose index entry has none."""
+        staged = self._cache.stage()
+
+        def fetch() -> str:
+            self._remote.store.download(self._keys.data(path), staged)
+            return hash_file(staged)
+
+        try:
+            return await self._remote.threads.read(Lane.PUSH, fetch)
+        finally:
+            if os.path.lexists(staged):
+                os.unlink(staged)
 
     # --- content ------------------------------------------------------------------------------------------
 
@@ -235,7 +263,7 @@ class Pusher:
         failed = {model_of(record.path) for record in content if record.path not in done}
         markers = [record for record in wanted if is_latest_marker(record.path) and model_of(record.path) not in failed]
         await self._upload_all(batch, markers, transaction)
-        if batch.failures and not (batch.uploads or batch.deletes or batch.conflicts):
+        if batch.failures and not (batch.uploads or batch.present or batch.deletes or batch.conflicts):
             raise batch.failures[0]
 
     async def _upload_all(self, batch: _Batch, records: Sequence[DirtyPath], transaction: IndexTransaction) -> None:
@@ -256,14 +284,15 @@ class Pusher:
         source = self._cache.path(record.path)
         key = self._keys.data(record.path)
 
-        def transfer() -> IndexEntry:
+        def copy() -> tuple[int, int, str]:
             mtime_ns = _snapshot(source, staged)
-            size, sha256 = os.stat(staged).st_size, hash_file(staged)
-            info = self._remote.store.put(key, staged, when)
-            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256)
+            return mtime_ns, os.stat(staged).st_size, hash_file(staged)
 
         try:
-            return await self._remote.threads.write(Lane.PUSH, transfer)
+            mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, copy)
+            self._journal.note_sent(record, size, sha256)
+            info = await self._remote.put(key, staged, when)
+            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256)
         except FileNotFoundError:
             self._lost(record)
             return None
@@ -325,19 +354,23 @@ class Pusher:
     def _settle(self, batch: _Batch, parked: Sequence[IndexEntry]) -> None:
         """Retire what was committed, exactly; then let the catalog agree."""
         done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = []
-        for record in batch.uploads:
+        for record in (*batch.uploads, *batch.present):
             done.append((record, batch.entries[record.path], self._partition(record.path)))
         done += [(record, None, None) for record in batch.deletes]
-        retired = self._journal.retire(done)
         self._catalog.epoch += 1
         with self._catalog.transaction():
             for record, entry, partition in done:
                 if entry is not None and partition is not None:
-                    self._catalog.settle(entry, partition, clean=record.path in retired)
+                    newest = self._journal.get(record.path)
+                    clean = newest is not None and newest.generation == record.generation
+                    self._catalog.settle(entry, partition, clean=clean)
             if self._catalog.watermark().mode is IndexMode.SHARDS:
                 fresh = [path for path in batch.entries if partition_key(path) is None]
                 self._catalog.park([*fresh, *(entry.path for entry in parked)])
                 self._catalog.unpark(record.path for record in batch.deletes)
+        # Last, and after the catalog is on disk: a record is what explains a row that is not in step.
+        self._catalog.sync()
+        self._journal.retire(done)
 
     def _partition(self, path: RelPath) -> str:
         """Partition that holds a path's entry after a commit."""

@@ -57,11 +57,18 @@ def _finish_rename(catalog: Catalog, source: RelPath, target: RelPath) -> None:
 def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath) -> None:
     node = catalog.at(record.path)
     if record.op is Op.DELETE:
-        cache.remove(record.path)
-        if node is not None:
-            catalog.remove(node)
+        if node is None or not node.is_dir:  # else the name is a directory's by now
+            cache.remove(record.path)
+            if node is not None:
+                catalog.remove(node)
         return
     stat = cache.stat(record.path)
+    if stat is None and journal.was_deleted(record.path):
+        # Removed, then about to be made again: the removal was acknowledged, the new file was not.
+        journal.mark_delete(record.path, record.base, record.partition)
+        if node is not None and not node.is_dir:
+            catalog.remove(node)
+        return
     if stat is None:
         # Announced, then never begun: an announcement alone changes nothing.
         journal.forget(record.path)

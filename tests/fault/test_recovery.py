@@ -1,0 +1,264 @@
+"""Lost answers and kills at awkward moments, found by a fuzzer: no conflict with ourselves, nothing comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+import trio
+
+from swampfs.backends.filesystem import FilesystemStore
+from swampfs.errors import StoreError
+from swampfs.testing.faults import Fault, FaultyStore, When
+from swampfs.testing.memory import MemoryStore
+from tests.datastores import check_bucket
+from tests.engine import Store, load, machine
+
+FILES = {"audit/a": b"a", "files/a": b"1", "files/b": b"2"}
+
+
+class Cut(StoreError):
+    """No answer, and no retry."""
+
+
+def run(fn):
+    trio.run(fn)
+
+
+@pytest.fixture(params=["v1", "v2"])
+def store(request):
+    filled = MemoryStore()
+    load(filled, FILES, request.param)
+    return filled
+
+
+def no_conflict(node):
+    assert node.sync.cache.conflicts() == []
+    assert len(node.sync.journal) == 0
+
+
+@pytest.fixture
+def plain(tmp_path):
+    (tmp_path / "store").mkdir()
+    return FilesystemStore(str(tmp_path / "store"))
+
+
+def test_a_restart_after_a_file_became_a_directory(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            a.unlink("files/a")
+            a.mkdirs("files/a")
+            await a.write("files/a/x", b"below")
+        async with machine(store, tmp_path / "a") as a:
+            assert await a.read("files/a/x") == b"below"
+            await a.push()
+            no_conflict(a)
+
+    run(main)
+    assert "files/a/x" in check_bucket(Store(store))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_new_file_whose_commit_was_not_answered_can_be_removed_for_good(store, tmp_path, restart):
+    faulty = FaultyStore(store)
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            key = "_index/_meta.json" if "_index/_meta.json" in store.objects else ".datastore-index.json"
+            faulty.faults.append(Fault("put", key, When.AFTER, error=Cut("cut")))
+            await a.write("files/new", b"new")
+            with pytest.raises(Cut):
+                await a.push()
+            if not restart:
+                a.unlink("files/new")
+                await a.push()
+                await a.pull()
+                assert "files/new" not in a.names()
+        async with machine(store, tmp_path / "a") as a:
+            if restart:
+                a.unlink("files/new")
+            await a.push()
+            await a.pull()
+            assert "files/new" not in a.names()
+            no_conflict(a)
+
+    run(main)
+    assert "files/new" not in check_bucket(Store(store))
+
+
+@pytest.mark.parametrize("then", ["write", "unlink"])
+def test_a_kill_between_the_catalog_and_the_journal_of_a_finished_push(store, tmp_path, then):
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write("files/new", b"one")
+
+            def die(done):
+                raise Cut("killed here")
+
+            a.sync.journal.retire = die
+            with pytest.raises(Cut):
+                await a.push()
+        async with machine(store, tmp_path / "a") as a:
+            if then == "write":
+                await a.write("files/new", b"two, longer")
+            else:
+                a.unlink("files/new")
+            await a.push()
+            await a.pull()
+            no_conflict(a)
+            assert ("files/new" in a.names()) == (then == "write")
+
+    run(main)
+    assert check_bucket(Store(store)).get("files/new") == (b"two, longer" if then == "write" else None)
+
+
+def test_two_pushes_of_one_file_that_failed_in_different_ways(store, tmp_path):
+    faulty = FaultyStore(store)
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            key = "_index/audit" if "_index/_meta.json" in store.objects else ".datastore-index"
+            for body, when in ((b"one", When.AFTER), (b"twoo", When.BEFORE)):
+                faulty.faults.append(Fault("put", key, when, error=Cut("cut")))
+                await a.write("audit/a", body)
+                with contextlib.suppress(StoreError):
+                    await a.push()
+            await a.push()
+            await a.push()
+            no_conflict(a)
+        async with machine(store, tmp_path / "b") as b:
+            assert await b.read("audit/a") == b"twoo"
+
+    run(main)
+
+
+def test_a_parked_file_deleted_elsewhere_does_not_stay_as_a_ghost(tmp_path):
+    store = MemoryStore()
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            a.mkdirs("outputs")
+            await a.write("outputs/p", b"parked")
+            await a.push()
+            await b.pull()
+            b.unlink("outputs/p")
+            await b.push()
+            await a.write("r", b"another in _root")
+            await a.push()
+            await a.pull()
+            assert "outputs/p" not in a.names()
+
+    run(main)
+    assert "outputs/p" not in check_bucket(Store(store))
+
+
+def test_a_remote_delete_of_a_file_that_is_open_for_writing_is_applied_after_its_close(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            number = await a.fs.open(a.ino("files/a"), os.O_RDWR)
+            b.unlink("files/a")
+            await b.push()
+            await a.pull()
+            assert "files/a" in a.names()
+            a.fs.files.release(number)
+            await a.pull()
+            assert "files/a" not in a.names()
+
+    run(main)
+
+
+def test_a_directory_datastore_whose_put_was_not_answered_has_no_conflict_with_itself(plain, tmp_path):
+    faulty = FaultyStore(plain)
+    faulty.faults.append(Fault("put", "files/q", When.AFTER, error=Cut("cut")))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a", plain=True) as a:
+            a.mkdirs("files")
+            await a.write("files/q", b"one")
+            with pytest.raises(Cut):
+                await a.push()
+            await a.write("files/q", b"second")
+            await a.push()
+            no_conflict(a)
+            assert await a.read("files/q") == b"second"
+
+    run(main)
+    assert plain.get("files/q").body == b"second"
+
+
+def test_a_file_hidden_by_a_local_directory_appears_when_that_goes(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            a.mkdirs("files/d")
+            await b.write("files/d", b"a file there")
+            await b.push()
+            await a.pull()
+            assert [finding.kind for finding in a.sync.catalog.findings()] == ["index-clash"]
+            a.fs.rmdir(*a.parent("files/d"))
+            await a.pull()
+            assert await a.read("files/d") == b"a file there"
+
+    run(main)
+
+
+def test_machines_agree_about_a_name_that_is_both_a_file_and_a_directory(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            a.mkdirs("files/d")
+            await a.write("files/d/x", b"in the directory")
+            await b.write("files/d", b"the file")
+            await b.push()
+            await a.push()
+            for node in (a, b, a, b):
+                await node.pull()
+            assert a.names() == b.names() == {*FILES, "files/d/x"}
+            a.unlink("files/d/x")
+            a.fs.rmdir(*a.parent("files/d"))
+            await a.push()
+            for node in (a, b, a, b):
+                await node.pull()
+            assert a.names() == b.names() == {*FILES, "files/d"}
+            assert await a.read("files/d") == b"the file"
+
+    run(main)
+
+
+def test_an_acknowledged_removal_is_not_undone_by_a_kill_during_the_creation_that_follows(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            a.unlink("files/a")
+
+            def die(rel):
+                raise Cut("killed here")
+
+            a.sync.cache.create = die
+            with pytest.raises(Cut):
+                await a.write("files/a", b"again")
+        async with machine(store, tmp_path / "a") as a:
+            assert "files/a" not in a.names()
+            await a.push()
+
+    run(main)
+    assert "files/a" not in check_bucket(Store(store))
+
+
+def test_a_rename_whose_target_directory_vanished_during_its_hydration_is_refused_whole(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            a.mkdirs("files/into")
+            original = a.sync.hydrate_file
+
+            async def hydrate(path):
+                await original(path)
+                a.fs.rmdir(*a.parent("files/into"))
+
+            a.sync.hydrate_file = hydrate
+            with pytest.raises(Exception, match="ESTALE|ENOENT"):
+                await a.rename("audit/a", "files/into/a")
+            a.sync.hydrate_file = original
+            assert await a.read("audit/a") == b"a"
+            assert a.sync.journal.intents() == []
+
+    run(main)
