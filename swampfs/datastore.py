@@ -18,6 +18,7 @@ from swampfs.sync.listing import ListingIndex
 from swampfs.sync.locks import Lock, Sighting, prove_preconditions
 from swampfs.sync.object_index import ObjectIndex
 from swampfs.sync.remote import Remote
+from swampfs.sync.service import MakeLock
 from swampfs.threads import Threads
 
 _SIGHTINGS = 4096  # locks of others whose movement we remember at once
@@ -32,7 +33,7 @@ class Datastore:
     keys: Keyspace
     index: RemoteIndex
     trace: TracingStore
-    make_lock: Callable[[str], Lock]
+    make_lock: MakeLock
     prove: Callable[[], Awaitable[None]] | None
 
 
@@ -52,8 +53,8 @@ def open_datastore(
     index: RemoteIndex = ListingIndex(remote, keys) if is_plain else ObjectIndex(remote, keys)
     sightings: LRUCache[str, Sighting] = LRUCache(_SIGHTINGS)
 
-    def make_lock(key: str) -> Lock:
-        return Lock(remote, key, max_wait_s=_LOCK_PATIENCE_S, trust_pids=is_plain, sightings=sightings)
+    def make_lock(key: str, note: Callable[[str, str | None], None]) -> Lock:
+        return Lock(remote, key, max_wait_s=_LOCK_PATIENCE_S, trust_pids=is_plain, sightings=sightings, note=note)
 
     async def prove() -> None:
         await prove_preconditions(remote, keys.data("_control/swampfs/precondition-probe"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import trio
 
 from swampfs.backends.retry import RetryingStore
+from swampfs.errors import FileError
 from swampfs.fs.attributes import Owner
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.vfs import FileSystem
@@ -93,7 +95,12 @@ class Node:
         self.fs.files.release(number)
 
     async def read(self, path: str) -> bytes:
-        number = await self.fs.open(self.ino(path), os.O_RDONLY)
+        try:
+            number = await self.fs.open(self.ino(path), os.O_RDONLY)
+        except FileError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            number = await self.fs.open(self.ino(path), os.O_RDONLY)  # as the kernel does
         try:
             return self.fs.files.read(number, 0, 1 << 24)
         finally:
@@ -138,7 +145,7 @@ async def machine(
             keys,
             ListingIndex(remote, keys) if plain else ObjectIndex(remote, keys),
             str(home),
-            make_lock=lambda key: Lock(remote, key, ttl_ms=ttl_ms, max_wait_s=patience_s),
+            make_lock=lambda key, note: Lock(remote, key, ttl_ms=ttl_ms, max_wait_s=patience_s, note=note),
             prove=None,
             start_soon=nursery.start_soon,
             timeout_s=1.0,

@@ -123,6 +123,7 @@ class Files:
             await self._sync.hydrate_file(node.path)
             again = self._sync.catalog.node(node.ino)  # anything may have happened while we waited
             if again is None:
+                # Replaced: what the name stands for now is here, so the kernel's second attempt need not wait.
                 raise stale(node.ino)
             node = again
         return node

@@ -106,8 +106,9 @@ class Tree:
 
     def replaced_remotely(self, node: Node) -> None:
         """The name of this inode stands for other content now, or for none."""
-        self._unname(node)
-        self._sync.cache.remove(node.path)
+        if node.residency is not Residency.STUB:  # a stub has nothing to go on with: its next open is ESTALE
+            self._unname(node)
+            self._sync.cache.remove(node.path)
 
     def _unname(self, node: Node) -> None:
         """The node loses its name; while the kernel holds the inode, its content stays reachable."""

@@ -146,14 +146,8 @@ class _Work:
         if same:
             self._catalog.settle(entry, partition, clean=False)
             return
-        if node.residency is Residency.STUB:
-            # Never read here, so nobody can hold bytes or pages of it; an open that waits for it gets the new.
-            self._catalog.settle(entry, partition, clean=False)
-            self._catalog.set_content(node.ino, entry.size, entry.mtime_ns or self._now, Residency.STUB)
-            self._applied.changes.append(TreeChange(node.parent, "", node.ino, content=True))
-            return
         # New content is a new inode, as when a file is renamed over: who has the old one open goes on reading it, and
-        # no page of it can ever be taken for the new.
+        # no page or size of it can ever be taken for the new.
         self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
         ino = self._catalog.add_remote(node.parent, entry, partition, self._now)
         self._catalog.set_attributes(ino, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=None)

@@ -279,6 +279,18 @@ class Catalog:
     def set_fact(self, key: str, value: str) -> None:
         self.db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (key, value))
 
+    def note_lock(self, key: str, nonce: str | None) -> None:
+        """Remember a lock about to be taken (``None``: released), so that a successor process can give it back."""
+        if nonce is None:
+            self.db.execute("DELETE FROM fact WHERE key = ?", (f"lock:{key}",))
+        else:
+            self.set_fact(f"lock:{key}", nonce)
+
+    def noted_locks(self) -> dict[str, str]:
+        """Key → nonce of locks that a dead process may have left behind."""
+        rows = self.db.execute("SELECT key, value FROM fact WHERE key >= 'lock:' AND key < 'lock;'")
+        return {key.removeprefix("lock:"): nonce for key, nonce in rows}
+
     def partitions(self) -> dict[str, str]:
         """Partition name → ETag last applied."""
         return dict(self.db.execute("SELECT name, etag FROM partition"))

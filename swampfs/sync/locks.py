@@ -95,6 +95,7 @@ class Lock:
         max_wait_s: float = 60.0,
         trust_pids: bool = False,
         sightings: MutableMapping[str, Sighting] | None = None,
+        note: Callable[[str, str | None], None] = lambda key, nonce: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._remote = remote
@@ -103,6 +104,7 @@ class Lock:
         self._max_wait_s = max_wait_s
         self._trust_pids = trust_pids
         self._clock = clock
+        self._note = note
         self._etag = ""
         self._nonce: str | None = None
         self._renewed = 0.0
@@ -124,6 +126,7 @@ class Lock:
         """Raises LockTimeoutError after ``max_wait_s``, StoreError if the store does not answer."""
         started = self._clock()
         nonce = str(uuid.uuid4())
+        self._note(self.key, nonce)
         pause = FIRST_RETRY_S
         while True:
             if await self._try_create(nonce):
@@ -133,6 +136,7 @@ class Lock:
                 continue
             waited = self._clock() - started
             if waited >= self._max_wait_s:
+                self._note(self.key, None)
                 raise _timeout(self.key, holder[0] if holder else None, waited)
             await trio.sleep(min(pause, max(0.0, self._max_wait_s - waited)) * random.uniform(0.75, 1.25))  # noqa: S311
             pause = min(pause * 2, RETRY_S)
@@ -148,6 +152,7 @@ class Lock:
             log.info("lock %s was taken over before we released it", self.key)
         except StoreError as error:
             log.info("lock %s stays until its TTL: %s", self.key, error)
+        self._note(self.key, None)
 
     async def inspect(self) -> LockInfo | None:
         found = await self._inspect()

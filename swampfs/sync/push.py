@@ -98,12 +98,12 @@ class Pusher:
             LockTimeoutError: the global lock is held; nothing was committed.
             LeaseLostError, StoreError: what was not committed stays journaled; the same push can be repeated.
         """
-        still_open = {path for path in paths if self._is_open(path)}
-        ready = [path for path in paths if is_publishable(path) and path not in still_open]
+        ready = [path for path in paths if is_publishable(path) and not self._is_open(path)]
         async with AsyncExitStack() as stack:
             models = {model for path in ready if (model := model_of(path)) is not None}
             locks, waiting = await self._lock_models(stack, sorted(models))
-            ready = [path for path in ready if model_of(path) not in waiting]
+            # Asked once more: taking locks may have taken long. From the seal on, a change opens a new generation.
+            ready = [path for path in ready if model_of(path) not in waiting and not self._is_open(path)]
             batch = _Batch(self._journal.seal(ready))
             try:
                 if batch.records:
@@ -115,7 +115,7 @@ class Pusher:
             deleted=len(batch.deletes),
             conflicts=tuple(record.path for record in batch.conflicts),
             waiting=tuple(sorted(waiting)),
-            open_files=tuple(sorted(still_open)),
+            open_files=tuple(path for path in paths if self._is_open(path)),
             failure=batch.failures[0] if batch.failures else None,
         )
         return report, batch.changes
@@ -278,7 +278,7 @@ class Pusher:
     async def _upload_one(self, record: DirtyPath, when: Precondition) -> IndexEntry | None:
         """Upload a private copy, so that size, hash and bytes are of one moment (H26).
 
-        ``None`` if the file was removed or renamed meanwhile: its newer journal record says what to do.
+        ``None`` if the file was changed, removed or renamed meanwhile: its newer journal record says what to do.
         """
         staged = self._cache.stage()
         source = self._cache.path(record.path)
@@ -290,6 +290,9 @@ class Pusher:
 
         try:
             mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, copy)
+            newest = self._journal.get(record.path)
+            if newest is None or newest.generation != record.generation:
+                return None  # changed since the seal: the copy may be of half a change
             self._journal.note_sent(record, size, sha256)
             info = await self._remote.put(key, staged, when)
             return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256)

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from swampfs.errors import StoreError
 from swampfs.names import Keyspace, RelPath, is_scratch
 from swampfs.provider import RemoteIndex
 from swampfs.records import IndexMode, Node, PushReport, TreeChange, timestamp
@@ -23,6 +25,11 @@ from swampfs.sync.pull import Puller
 from swampfs.sync.push import Pusher
 from swampfs.sync.remote import Remote
 from swampfs.sync.replay import replay
+
+log = logging.getLogger(__name__)
+
+MakeLock = Callable[[str, Callable[[str, str | None], None]], Lock]
+"""Makes the lock of a key; the second argument is told what is about to be held, and what no longer is."""
 
 _PROVEN = "preconditions_proven"
 
@@ -47,7 +54,7 @@ class SyncService:
         index: RemoteIndex,
         home: str,
         *,
-        make_lock: Callable[[str], Lock],
+        make_lock: MakeLock,
         prove: Callable[[], Awaitable[None]] | None,
         start_soon: Callable[[Callable[[RelPath], Awaitable[None]], RelPath], None],
         timeout_s: float,
@@ -71,13 +78,17 @@ class SyncService:
             busy=_Busy(self),
             is_open=lambda path: self.is_open(path),
             drop_content=lambda node: self.drop_content(node),
-            make_lock=make_lock,
+            make_lock=self._lock,
             fenced=prove is not None,
             lock_timeout_s=lock_timeout_s,
         )
         self._prove = prove
+        self._make_lock = make_lock
         self.on_changes: Callable[[list[TreeChange]], None] | None = None
         self.refreshed_at: float | None = None
+
+    def _lock(self, key: str) -> Lock:
+        return self._make_lock(key, self.catalog.note_lock)
 
     def close(self) -> None:
         self.catalog.close()
@@ -100,10 +111,21 @@ class SyncService:
             self.sidecar.mark_bulk()
         else:
             self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
+        if writable:
+            await self._give_back_locks()
         if writable and self._prove is not None and self.catalog.fact(_PROVEN) is None:
             await self._prove()
             self.catalog.set_fact(_PROVEN, timestamp(time.time_ns()))
         return pending
+
+    async def _give_back_locks(self) -> None:
+        """Locks of a process that died holding them: nobody has to wait for their TTL."""
+        for key, nonce in self.catalog.noted_locks().items():
+            try:
+                await self._lock(key).force_release(nonce)
+            except StoreError as error:
+                log.info("lock %s stays until its TTL: %s", key, error)
+            self.catalog.note_lock(key, None)
 
     def mark_dirty(self, node: Node) -> None:
         """Durable before return: the bytes of this file are about to change. No network, no look at the file.

@@ -340,6 +340,32 @@ def test_one_file_that_cannot_be_uploaded_keeps_no_other_back_except_its_latest(
 # --- the user goes on meanwhile -----------------------------------------------------------------------------
 
 
+class Meanwhile:
+    """Runs something between the private copy of an upload and its put, once."""
+
+    def __init__(self, node, action):
+        self._original = node.sync.journal.note_sent
+        self._node = node
+        self._action = action
+        node.sync.journal.note_sent = self
+
+    def __call__(self, *arguments):
+        self._node.sync.journal.note_sent = self._original
+        self._original(*arguments)
+        self._action()
+
+
+def overwrite(node, path, body):
+    """Write without waiting, to content that is here."""
+    fs = node.fs
+    current = fs.sync.catalog.at(path)
+    fs.files.truncate(current, 0)
+    fd = fs.sync.cache.open(path, os.O_WRONLY)
+    os.write(fd, body)
+    os.close(fd)
+    fs.sync.catalog.set_content(current.ino, len(body), time.time_ns(), current.residency.DIRTY)
+
+
 @INDEXES
 def test_a_file_written_during_its_upload_stays_dirty_and_its_next_push_is_no_conflict(store, tmp_path, index):
     load(store, FILES, index)
@@ -347,15 +373,7 @@ def test_a_file_written_during_its_upload_stays_dirty_and_its_next_push_is_no_co
     async def main():
         async with machine(store, tmp_path / "a") as a:
             await a.write(RAW, b"two")
-            original = a.sync._pusher._upload_one
-
-            async def upload(record, when):
-                result = await original(record, when)
-                await a.write(RAW, b"three")
-                a.sync._pusher._upload_one = original
-                return result
-
-            a.sync._pusher._upload_one = upload
+            Meanwhile(a, lambda: overwrite(a, RAW, b"three"))
             await a.push()
             assert content(store, RAW) == b"two"
             assert RAW in a.sync.journal
@@ -366,22 +384,46 @@ def test_a_file_written_during_its_upload_stays_dirty_and_its_next_push_is_no_co
     assert check_bucket(Store(store))[RAW] == b"three"
 
 
+@INDEXES
+def test_half_of_a_change_is_never_published(store, tmp_path, index):
+    """A file opened and half rewritten after the push looked whether it was open."""
+    load(store, FILES, index)
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write("files/x", b"whole")
+            original = a.sync._pusher._upload
+            numbers = []
+
+            async def upload(batch, transaction):
+                numbers.append(await a.fs.open(a.ino("files/x"), os.O_WRONLY | os.O_TRUNC))
+                a.fs.files.write(numbers[0], 0, b"half")
+                await original(batch, transaction)
+
+            a.sync._pusher._upload = upload
+            await a.push()
+            assert content(store, "files/x") == b"x"
+            a.fs.files.write(numbers[0], 4, b" and the other half")
+            a.fs.files.release(numbers[0])
+            a.sync._pusher._upload = original
+            await a.push()
+
+    run(main)
+    assert check_bucket(Store(store))["files/x"] == b"half and the other half"
+
+
 def test_a_file_created_written_and_removed_around_a_push_does_not_come_back(store, tmp_path):
     load(store, FILES, "v2")
 
     async def main():
         async with machine(store, tmp_path / "a") as a:
             await a.write("audit/t.jsonl", b"1")
-            original = a.sync._pusher._upload_one
 
-            async def upload(record, when):
-                result = await original(record, when)
-                await a.write("audit/t.jsonl", b"2")
+            def meanwhile():
+                overwrite(a, "audit/t.jsonl", b"2")
                 a.unlink("audit/t.jsonl")
-                a.sync._pusher._upload_one = original
-                return result
 
-            a.sync._pusher._upload_one = upload
+            Meanwhile(a, meanwhile)
             await a.push()
             await a.push()
             await a.pull()

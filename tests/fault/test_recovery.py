@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 
 import pytest
@@ -255,10 +256,39 @@ def test_a_rename_whose_target_directory_vanished_during_its_hydration_is_refuse
                 a.fs.rmdir(*a.parent("files/into"))
 
             a.sync.hydrate_file = hydrate
-            with pytest.raises(Exception, match="ESTALE|ENOENT"):
+            with pytest.raises(Exception, match=r"ESTALE|ENOENT"):
                 await a.rename("audit/a", "files/into/a")
             a.sync.hydrate_file = original
             assert await a.read("audit/a") == b"a"
             assert a.sync.journal.intents() == []
 
     run(main)
+
+
+def test_the_locks_of_a_killed_mount_are_given_back_by_the_next_but_never_those_of_others(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write("files/a", b"changed")
+
+            async def die(batch, transaction):
+                store.objects.setdefault("kept", store.objects[".datastore.lock"])
+                raise KeyboardInterrupt
+
+            a.sync._pusher._upload = die
+            with contextlib.suppress(BaseException):
+                await a.push()
+            # A kill releases nothing: put the lock back as it was, and its note.
+            lock = store.objects.pop("kept")
+            store.objects[".datastore.lock"] = lock
+            a.sync.catalog.note_lock(".datastore.lock", json.loads(lock[0])["nonce"])
+            a.sync.catalog.note_lock("data/t/m/.lock", "a nonce that is not theirs")
+            store.objects["data/t/m/.lock"] = lock
+        async with machine(store, tmp_path / "a") as a:
+            assert ".datastore.lock" not in store.objects
+            assert store.objects.pop("data/t/m/.lock") == lock
+            assert a.sync.catalog.noted_locks() == {}
+            await a.push()
+            no_conflict(a)
+
+    run(main)
+    assert check_bucket(Store(store))["files/a"] == b"changed"

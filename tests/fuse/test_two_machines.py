@@ -199,3 +199,16 @@ def test_two_machines_share_a_plain_directory(store_dir, fleet):
     b.umount()
     after = {str(p.relative_to(store_dir)) for p in store_dir.rglob("*") if p.is_file()}
     assert after == before | {"audit/log.jsonl"}  # no index, no shard, no lock, no temporary file
+
+
+def test_a_reader_that_meets_a_commit_gets_the_whole_new_content(bucket, fleet):
+    """The kernel knows the old size of the file; the new content is found only while opening it."""
+    rel, body = "audit/growing.jsonl", b"longer than before\n" * 500
+    load_shards(bucket, [(rel, b"short\n")])
+    machine = fleet.machine(env=bucket.env, options=("--refresh", "1h", "--push-delay", "1h"))
+    machine.mount(bucket.url)
+    assert (machine.path / rel).stat().st_size == len(b"short\n")
+    load_shards(bucket, [(rel, body)], seq=2)
+    assert (machine.path / rel).read_bytes() == body
+    assert (machine.path / rel).stat().st_size == len(body)
+    machine.umount()
