@@ -149,7 +149,6 @@ HOSTILE = {
     "audit/back\\slash": "backslash",
     "audit/" + "n" * 300: "300 bytes",
     "audit/dir/": "directory marker",
-    GOOD + "/below-a-file": "file and directory",
 }
 
 
@@ -163,6 +162,9 @@ def test_hostile_keys_are_skipped_with_a_finding_and_the_rest_mounts(mode, bucke
         "audit/list": [],
         "audit/hash": {"size": 1, "sha256": "x"},
     }
+    # A name that is both: every machine shows the directory, so that no single key can hide a tree.
+    bucket.put("audit/both/below", b"below\n")
+    entries |= {"audit/both": entry("audit/both", b"x"), "audit/both/below": entry("audit/both/below", b"below\n")}
     if mode == "v1":
         bucket.put(".datastore-index.json", compact({"version": 1, "entries": entries}))
     else:
@@ -170,10 +172,11 @@ def test_hostile_keys_are_skipped_with_a_finding_and_the_rest_mounts(mode, bucke
         bucket.put("_index/_meta.json", compact({"version": 2, "partitions": ["audit"], "commitSeq": 1}))
     machine = fleet.machine(env=bucket.env)
     machine.mount(bucket.url)
-    assert {rel: (machine.path / rel).read_bytes() for rel in tree(machine.path)} == {GOOD: body}
+    shown = {rel: (machine.path / rel).read_bytes() for rel in tree(machine.path)}
+    assert shown == {GOOD: body, "audit/both/below": b"below\n"}
     status = machine.status()
     found = {finding["path"] for finding in status["findings"]}
-    assert found == {*HOSTILE, "audit/size", "audit/list", "audit/hash"}
+    assert found == {*HOSTILE, "audit/size", "audit/list", "audit/hash", "audit/both"}
     # Writing beside them works, and their entries are left as they were: they are not ours to remove.
     (machine.path / "audit/new.jsonl").write_text("new\n")
     machine.umount()
