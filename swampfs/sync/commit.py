@@ -193,6 +193,8 @@ class Commit:
         for name in sorted(emptied):
             # After meta stopped listing it: a crash in between leaves a readable index.
             await self._discard(self.documents[name])
+        for name in sorted(self.documents.keys() - set(self.meta.partitions if self.meta else ()) - emptied):
+            await self._sweep(self.documents[name])
         return self._delta_of_shards(touched, emptied, base_etag)
 
     async def _write(self, name: str, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> bool:
@@ -323,6 +325,15 @@ class Commit:
         for name in sorted(dirty - set(grouped)):
             await self.remote.delete(self.keys.shard(name))
         return info.etag
+
+    async def _sweep(self, document: _Document) -> None:
+        """Remove a shard that nothing lists: of a commit that died before its meta, or before its clean-up."""
+        try:
+            info = await self.remote.head(document.key)
+        except AbsentError:
+            return
+        document.etag = info.etag
+        await self._discard(document)
 
     async def _discard(self, document: _Document) -> None:
         try:

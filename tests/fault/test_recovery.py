@@ -292,3 +292,34 @@ def test_the_locks_of_a_killed_mount_are_given_back_by_the_next_but_never_those_
 
     run(main)
     assert check_bucket(Store(store))["files/a"] == b"changed"
+
+
+@pytest.mark.parametrize("died_at", ["_index/_meta.json", "_index/workflow-runs--w.json"])
+def test_a_shard_that_a_dead_commit_left_unlisted_is_swept_by_the_next(tmp_path, died_at):
+    """Killed between shard and meta, or between meta and the removal of an emptied shard."""
+    store = MemoryStore()
+    load(store, FILES, "v2")
+    rel = "workflow-runs/w/workflow-run-r.yaml"
+    faulty = FaultyStore(store)
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            a.mkdirs("workflow-runs/w")
+            await a.write(rel, b"id: r\n")
+            if died_at == "_index/_meta.json":
+                faulty.faults.append(Fault("put", died_at, error=Cut("cut")))
+                with pytest.raises(Cut):
+                    await a.push()
+                a.unlink(rel)
+            else:
+                await a.push()
+                a.unlink(rel)
+                faulty.faults.append(Fault("delete", died_at, error=KeyboardInterrupt()))
+                with contextlib.suppress(BaseException):
+                    await a.push()
+        async with machine(store, tmp_path / "a") as a:
+            await a.push()
+            no_conflict(a)
+
+    run(main)
+    check_bucket(Store(store))
