@@ -91,10 +91,6 @@ def parent_of(rel: RelPath) -> RelPath:
     return RelPath(rel.rpartition("/")[0])
 
 
-def basename(rel: RelPath) -> str:
-    return rel.rpartition("/")[2]
-
-
 def is_below(rel: str, directory: str) -> bool:
     """Whether ``rel`` is strictly inside ``directory``."""
     return not directory or rel.startswith(directory + "/")

@@ -37,7 +37,6 @@ class Writeback:
         self._due: dict[Group, float] = {}
         self._first: dict[Group, float] = {}
         self._wake = trio.Event()
-        self._round = 0  # pushes completed
         self._round_done = trio.Event()
         self.last_error: str | None = None
         self.conflicts = 0
@@ -94,7 +93,6 @@ class Writeback:
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)
                 self._again({model_of(path) for path in report.open_files}, self._delay_s)
-            self._round += 1
             self._round_done.set()
             self._round_done = trio.Event()
 

@@ -43,10 +43,6 @@ class Sidecar:
         return found
 
     @property
-    def trusted(self) -> bool:
-        return self._fields is not None
-
-    @property
     def dirty(self) -> bool:
         """Whether unpushed work may exist; doubt is yes."""
         return self._fields is None or bool(self._fields["localDirty"])

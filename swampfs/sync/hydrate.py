@@ -56,7 +56,6 @@ class Hydrator:
         self._start_soon = start_soon
         self._timeout_s = timeout_s
         self._flights: dict[RelPath, _Flight] = {}
-        self.hydrated = 0
 
     async def hydrate(self, path: RelPath) -> None:
         """Return when the content of ``path`` is local.
@@ -150,5 +149,4 @@ class Hydrator:
             return True
         self._cache.admit(staged, entry.path, node.mtime_ns)
         self._catalog.set_residency(node.ino, Residency.CLEAN)
-        self.hydrated += 1
         return True
