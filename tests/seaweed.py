@@ -48,6 +48,7 @@ class Server:
     endpoint: str
     process: subprocess.Popen[bytes]
     directory: Path
+    ports: tuple[int, ...]
 
     def environment(self) -> dict[str, str]:
         return {
@@ -76,6 +77,9 @@ class Server:
             self.process.kill()
             self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
+        for port in self.ports:  # its gRPC sockets are named after their port, in /tmp whatever TMPDIR says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def weed_binary() -> str:
@@ -108,7 +112,7 @@ def start() -> Server:
             ],
             stdout=log, stderr=log, cwd=directory, env={**os.environ, "HOME": str(directory)},
         )  # fmt: skip
-    server = Server(f"http://127.0.0.1:{s3}", process, directory)
+    server = Server(f"http://127.0.0.1:{s3}", process, directory, (master, volume, filer, s3))
     deadline = time.monotonic() + READY_S
     while True:
         try:
