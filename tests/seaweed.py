@@ -77,8 +77,9 @@ class Server:
             self.process.kill()
             self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
-        for port in self.ports:  # its gRPC sockets are named after their port, in /tmp whatever TMPDIR says
-            for left in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
+        for port in (*self.ports, *(port + 10000 for port in self.ports)):
+            # Its sockets are named after their port, in /tmp whatever TMPDIR says.
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
 
 
