@@ -164,7 +164,7 @@ class Pusher:
         if any(model_of(record.path) is None for record in batch.records):
             # No model lock covers these from decision to commit; the global lock does.
             await self._lock_global(stack, locks)
-        parked = await self._lost_parked()
+        parked = await self._lost_parked(batch)
         known, epoch = self._catalog.watermark(), self._catalog.epoch
         hints = {record.path: record.partition for record in batch.records}
         transaction = await self._index.begin(hints, known, parked)
@@ -235,7 +235,7 @@ class Pusher:
         return ours == theirs
 
     async def _remote_hash(self, path: RelPath) -> str:
-        """Of an object whose index entry has none."""
+        """Of an object whose index entry has none; ``""``, which equals no hash, if the object is gone."""
         staged = self._cache.stage()
 
         def fetch() -> str:
@@ -244,6 +244,8 @@ class Pusher:
 
         try:
             return await self._remote.threads.read(Lane.PUSH, fetch)
+        except AbsentError:
+            return ""
         finally:
             if os.path.lexists(staged):
                 os.unlink(staged)
@@ -355,7 +357,7 @@ class Pusher:
     # --- afterwards ---------------------------------------------------------------------------------------
 
     def _settle(self, batch: _Batch, parked: Sequence[IndexEntry]) -> None:
-        """Retire what was committed, exactly; then let the catalog agree."""
+        """Let the catalog agree with what was committed; then retire exactly that."""
         done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = []
         for record in (*batch.uploads, *batch.present):
             done.append((record, batch.entries[record.path], self._partition(record.path)))
@@ -379,7 +381,7 @@ class Pusher:
         """Partition that holds a path's entry after a commit."""
         return home_partition(path) if self._catalog.watermark().mode is IndexMode.SHARDS else MONOLITH
 
-    async def _lost_parked(self) -> list[IndexEntry]:
+    async def _lost_parked(self, batch: _Batch) -> list[IndexEntry]:
         """Entries we parked in ``_root`` that another writer dropped; they are put back with this commit (H6).
 
         Only while their object exists: whoever deletes a file removes the entry first, then the object.
@@ -394,6 +396,8 @@ class Pusher:
             except AbsentError:
                 self._catalog.unpark([path])
                 self._catalog.remove(node)
+                self._drop_content(node)
+                batch.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
                 continue
             entries.append(node.base)
         return entries

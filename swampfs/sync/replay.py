@@ -116,9 +116,12 @@ def _walk(catalog: Catalog, cache: CacheDir, journal: Journal, *, changes_possib
             continue
         if node is not None and _is_clean(node, cache, path):
             catalog.set_residency(node.ino, Residency.CLEAN)
+        elif is_scratch(path):
+            # Never journaled and in no index: this file is all there is of it.
+            _redo(catalog, cache, journal, DirtyPath(path, Op.WRITE, 0, None, None))
         elif not changes_possible:
             cache.remove(path)
-        elif not is_scratch(path):
+        else:
             journal.mark_write(path, None, None)
             record = journal.get(path)
             assert record is not None

@@ -323,3 +323,46 @@ def test_a_shard_that_a_dead_commit_left_unlisted_is_swept_by_the_next(tmp_path,
 
     run(main)
     check_bucket(Store(store))
+
+
+def test_scratch_files_survive_a_lost_catalog(store, tmp_path):
+    """They are in no journal and in no index, so nothing but the file says that they exist."""
+    name = "files/.0f0e9c1a-6b1f-4d1b-8a33-2c7b0d5e9f10.tmp"
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.write(name, b"not yet renamed")
+        for path in (tmp_path / "a/state").glob("catalog.db*"):
+            path.unlink()
+        (tmp_path / "a/state/catalog.db").write_bytes(b"rubbish" * 1000)
+        async with machine(store, tmp_path / "a") as a:
+            assert await a.read(name) == b"not yet renamed"
+            await a.rename(name, "files/final")
+            await a.push()
+
+    run(main)
+    assert check_bucket(Store(store))["files/final"] == b"not yet renamed"
+
+
+def test_an_entry_without_hash_whose_object_is_gone_does_not_block_a_push(tmp_path):
+    store = MemoryStore()
+    load(store, FILES, "none")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
+            await b.write("files/b", b"b")
+            await b.push()  # the index is born, with hash-less entries for what was found
+            a.mkdirs("files")
+            a.unlink("files/a")
+            await a.write("files/a", b"mine")
+            shard = json.loads(store.get(".datastore-index.json").body)
+            shard["entries"]["files/a"] = {"key": "files/a", "size": 4, "lastModified": "2026-08-03T09:14:22.401Z"}
+            store.put(".datastore-index.json", json.dumps(shard).encode())
+            store.delete("files/a")
+            await a.write("audit/a", b"goes on")
+            await a.push()
+            assert store.get("audit/a").body == b"goes on"
+            kept = [path.read_bytes() for path in (tmp_path / "a/state/conflicts").glob("*/content")]
+            assert kept == [b"mine"]
+
+    run(main)
