@@ -8,6 +8,7 @@ Backends translate their SDK's errors into these, once, at their edge (``design/
 from __future__ import annotations
 
 import errno as _errno
+from typing import Any
 
 EXIT_USAGE = 1
 EXIT_SYSTEM = 2
@@ -44,6 +45,20 @@ class UsageError(SwampfsError):
 
 class SettingsError(UsageError):
     """A flag, environment variable, URL or ``.swamp.yaml`` that cannot be used."""
+
+
+class DatastoreTypeError(UsageError):
+    """A datastore type that cannot be registered or is not known."""
+
+
+class NamespaceError(UsageError):
+    """A namespace that may not be used: taken by another repository, or not the one a service is bound to."""
+
+
+class AbortedError(SwampfsError):
+    """The caller's signal was raised. Nothing is rolled back; what was marked dirty still is (spec §10.7)."""
+
+    errno = _errno.EINTR
 
 
 class HostileNameError(SwampfsError):
@@ -110,7 +125,16 @@ class ReadOnlyError(SwampfsError):
 
 
 class StoreError(SwampfsError):
-    """An operation on the datastore failed; the base class is "the store said no"."""
+    """An operation on the datastore failed; the base class is "the store said no".
+
+    ``http_status``, ``code``, ``request_id`` and ``body_preview`` are what the service answered, where it did
+    (spec §10.2); no code decides by them.
+    """
+
+    http_status: int | None = None
+    code: str = ""
+    request_id: str = ""
+    body_preview: str = ""
 
 
 class AbsentError(StoreError):
@@ -137,6 +161,8 @@ class PreconditionError(StoreError):
     """The object is not in the state the request asked for (412)."""
 
     errno = _errno.EEXIST
+    retried: bool = False
+    """An earlier attempt of the same call got no answer: it may be what changed the object."""
 
 
 class ConflictingWriteError(StoreError):
@@ -171,6 +197,17 @@ class StoreFullError(StoreError):
     errno = _errno.ENOSPC
 
 
+class TransferError(StoreError):
+    """Some files of a batch failed (spec §10.2); ``failures`` has each with its reason."""
+
+    retryable = True
+    remedy = "nothing was lost: what was not transferred is still marked; run the same command again"
+
+    def __init__(self, message: str, failures: dict[str, Exception]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
 class IntegrityError(StoreError):
     """Bytes that do not have the size and hash their index entry promises."""
 
@@ -179,6 +216,12 @@ class IntegrityError(StoreError):
 
 class IndexCorruptError(StoreError):
     remedy = "nothing was changed; run `swampfs doctor` or repair the index from a machine with a full cache"
+
+
+class UnpartitionableError(IndexCorruptError):
+    """Entries that have no shard, so that migrating would lose them (spec §8.8)."""
+
+    remedy = "move or delete these files, then migrate again. Nothing was changed"
 
 
 class IndexVersionError(IndexCorruptError):
@@ -195,6 +238,12 @@ class LockTimeoutError(SwampfsError):
     exit_code = EXIT_LOCK_TIMEOUT
     retryable = True
     remedy = "wait for the holder, or see `swampfs status`"
+
+    def __init__(self, message: str, *, lock_key: str = "", holder: Any = None, waited_ms: int = 0) -> None:
+        super().__init__(message)
+        self.lock_key = lock_key
+        self.holder = holder  # records.LockInfo, or None if it could not be read
+        self.waited_ms = waited_ms
 
 
 class LeaseLostError(SwampfsError):

@@ -52,6 +52,7 @@ _PARTITION_BY_DEPTH = frozenset({"data", "outputs", "definitions-evaluated"})
 
 _SWAMP_TEMP = re.compile(r"^\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.tmp$|\.tmp\.\d+\.[0-9a-f-]+$")
 _SCRATCH = re.compile(r"^\..*\.sw[a-px]$|^\.#|^#.*#$|^\.nfs[0-9a-f]{8,}|^\.fuse_hidden|^\.swamp-health-check-")
+_PLAIN = re.compile(r"[\w@+,:= -][\w@+,:=. -]*(?:/[\w@+,:= -][\w@+,:=. -]*)*", re.ASCII)
 _NAMESPACE = re.compile(r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
 _UUID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)
 
@@ -80,6 +81,13 @@ def rel_path(text: str) -> RelPath:
     if len(text.encode()) > MAX_KEY_BYTES:
         raise NameTooLongError(f"{text[:60]!r}… is longer than {MAX_KEY_BYTES} bytes")
     return RelPath(text)
+
+
+def index_path(text: str) -> RelPath:
+    """As :func:`rel_path`, quick for the plain names that nearly all are: an index has hundreds of thousands."""
+    if _PLAIN.fullmatch(text) and len(text) <= MAX_SEGMENT_BYTES:
+        return RelPath(text)
+    return rel_path(text)
 
 
 def join(parent: RelPath, name: str) -> RelPath:
@@ -156,6 +164,11 @@ def is_publishable(rel: str) -> bool:
 def is_servable(rel: str) -> bool:
     """Whether an entry found in a remote index may appear in the tree."""
     return not (is_internal(rel) or is_secret(rel))
+
+
+def is_lazy(rel: str) -> bool:
+    """Content that a metadata-only pull leaves out: ``data/**/raw`` (spec §6.1)."""
+    return rel.startswith("data/") and rel.endswith("/raw") and rel.count("/") >= 2
 
 
 def is_latest_marker(rel: str) -> bool:

@@ -198,6 +198,7 @@ class IndexDelta(NamedTuple):
     changed: Mapping[str, Partition]
     kept: frozenset[str]  # partitions that stay as they are; every other known one is gone
     findings: tuple[Finding, ...] = ()
+    complete: bool = True  # every partition was compared, not just some
 
 
 class TreeChange(NamedTuple):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,9 +22,9 @@ import yaml
 
 from swampfs.errors import SettingsError
 from swampfs.names import SYNCED_DIRECTORIES, check_namespace
+from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY, GcsConfig, S3Config, request_timeout_s, validate
 
 MARKER = ".swamp.yaml"
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9._\-]{1,61}[a-z0-9]$")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)?$")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -31,11 +32,12 @@ _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 class Backend(Enum):
     S3 = "s3"
+    GCS = "gcs"
     FILESYSTEM = "filesystem"
 
 
-_TYPE_NAMES = {"@swamp/s3-datastore": Backend.S3, "s3": Backend.S3, "filesystem": Backend.FILESYSTEM}
-_KNOWN_UNSERVED = ("@swamp/gcs-datastore", "@keeb/mongodb-datastore")
+_TYPE_NAMES = {"@swamp/s3-datastore": Backend.S3, "s3": Backend.S3, "@swamp/gcs-datastore": Backend.GCS}
+_KNOWN_UNSERVED = ("@keeb/mongodb-datastore",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,9 @@ class Source:
     region: str | None = None
     endpoint: str | None = None
     path_style: bool | None = None
+    project: str | None = None
+    pull_concurrency: int = PULL_CONCURRENCY
+    push_concurrency: int = PUSH_CONCURRENCY
     request_timeout_s: float = 30.0
 
     @property
@@ -57,7 +62,8 @@ class Source:
         """Canonical form, safe to show: it becomes the mount's ``fsname``."""
         if self.backend is Backend.FILESYSTEM:
             return f"file://{self.directory}"
-        return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+        scheme = "s3" if self.backend is Backend.S3 else "gs"
+        return f"{scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
 
     @property
     def datastore_id(self) -> str:
@@ -144,24 +150,26 @@ def _expand(text: str, env: Mapping[str, str], base: Path, origin: str) -> str:
 # --- sources ----------------------------------------------------------------------------------------------
 
 
-def source_of_url(url: str) -> Source:
-    """``s3://bucket/prefix`` or ``file:///dir``. Raises SettingsError."""
+def source_of_url(url: str, env: Mapping[str, str] = MappingProxyType({})) -> Source:
+    """``s3://bucket/prefix``, ``gs://bucket/prefix`` or ``file:///dir``. Raises SettingsError."""
     parts = urlsplit(url)
-    if parts.scheme == "s3":
+    if parts.scheme in ("s3", "gs"):
         if parts.username or parts.password or parts.query:
             raise SettingsError(
                 "credentials and options do not belong in the URL",
-                remedy="use the AWS environment, a profile or an instance role",
+                remedy="use the environment, a profile or an instance role",
             )
-        return _s3_source({"bucket": parts.netloc, "prefix": unquote(parts.path[1:])}, url)
+        config = {"bucket": parts.netloc, "prefix": unquote(parts.path[1:])}
+        return s3_source(config, url, env) if parts.scheme == "s3" else gcs_source(config, url, env)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise SettingsError(f"{url} names a host", remedy="write file:///absolute/dir")
         return _directory_source(unquote(parts.path), url)
-    if parts.scheme in ("gs", "mongodb"):
-        raise SettingsError(f"{url}: this version serves s3:// and file:// datastores only")
+    if parts.scheme == "mongodb":
+        raise SettingsError(f"{url}: this version serves s3://, gs:// and file:// datastores only")
     raise SettingsError(
-        f"{url!r} is not a datastore", remedy="write s3://bucket/prefix, file:///dir or a repo directory"
+        f"{url!r} is not a datastore",
+        remedy="write s3://bucket/prefix, gs://bucket/prefix, file:///dir or a repo directory",
     )
 
 
@@ -171,46 +179,56 @@ def _directory_source(directory: str, origin: str) -> Source:
     return Source(Backend.FILESYSTEM, directory=os.path.normpath(directory))
 
 
-def _s3_source(config: Mapping[str, Any], origin: str) -> Source:
-    def text(name: str) -> str | None:
-        value = config.get(name)
-        if value is not None and not isinstance(value, str):
-            raise SettingsError(f"{origin}: datastore {name} must be text, not {value!r}")
-        return value
-
-    bucket = text("bucket") or ""
-    if not _BUCKET.match(bucket):
-        raise SettingsError(f"{origin}: {bucket!r} is not a bucket name")
-    path_style = config.get("forcePathStyle")
-    if path_style is not None and not isinstance(path_style, bool):
-        raise SettingsError(f"{origin}: forcePathStyle must be true or false")
-    timeout_ms = config.get("requestTimeoutMs", 30000)
-    if not isinstance(timeout_ms, int) or not 1000 <= timeout_ms <= 600000:
-        raise SettingsError(f"{origin}: requestTimeoutMs must be 1000–600000, not {timeout_ms!r}")
+def s3_source(config: Mapping[str, Any], origin: str, env: Mapping[str, str] = MappingProxyType({})) -> Source:
+    """From the configuration of ``@swamp/s3-datastore``. Raises SettingsError."""
+    known: S3Config = validate(S3Config, _present(config), origin)
     return Source(
         Backend.S3,
-        bucket=bucket,
-        prefix=text("prefix") or "",
-        region=text("region"),
-        endpoint=text("endpoint"),
-        path_style=path_style,
-        request_timeout_s=timeout_ms / 1000,
+        bucket=known.bucket,
+        prefix=known.prefix,
+        region=known.region,
+        endpoint=known.endpoint,
+        path_style=known.force_path_style,
+        pull_concurrency=known.pull_concurrency,
+        push_concurrency=known.push_concurrency,
+        request_timeout_s=request_timeout_s(known.request_timeout_ms, env.get("SWAMP_S3_REQUEST_TIMEOUT_MS")),
     )
 
 
-def _source_of_type(kind: str, config: Mapping[str, Any], origin: str) -> Source:
+def gcs_source(config: Mapping[str, Any], origin: str, env: Mapping[str, str] = MappingProxyType({})) -> Source:
+    """From the configuration of ``@swamp/gcs-datastore``. Raises SettingsError."""
+    known: GcsConfig = validate(GcsConfig, _present(config), origin)
+    return Source(
+        Backend.GCS,
+        bucket=known.bucket,
+        prefix=known.prefix,
+        endpoint=known.api_endpoint,
+        project=known.project_id,
+        pull_concurrency=known.pull_concurrency,
+        push_concurrency=known.push_concurrency,
+        request_timeout_s=request_timeout_s(known.request_timeout_ms, env.get("SWAMP_GCS_REQUEST_TIMEOUT_MS")),
+    )
+
+
+def _present(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An empty YAML value means the field is not given."""
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _source_of_type(kind: str, config: Mapping[str, Any], origin: str, env: Mapping[str, str]) -> Source:
     if kind in _KNOWN_UNSERVED:
         raise SettingsError(f"{origin}: datastore type {kind} is not served by this version")
-    if _TYPE_NAMES.get(kind) is not Backend.S3:
+    backend = _TYPE_NAMES.get(kind)
+    if backend is None:
         raise SettingsError(f"{origin}: unknown datastore type {kind!r}")
-    return _s3_source(config, origin)
+    return s3_source(config, origin, env) if backend is Backend.S3 else gcs_source(config, origin, env)
 
 
 def source_of_env(value: str, env: Mapping[str, str], base: Path) -> Source:
     """The ``SWAMP_DATASTORE`` grammar ``type:value``, or a URL."""
     origin = "SWAMP_DATASTORE"
     if "://" in value:
-        return source_of_url(value)
+        return source_of_url(value, env)
     kind, colon, rest = value.partition(":")
     if not colon:
         raise SettingsError(f"{origin}={value!r} has no colon", remedy="write type:value, such as filesystem:/dir")
@@ -218,14 +236,14 @@ def source_of_env(value: str, env: Mapping[str, str], base: Path) -> Source:
         return _directory_source(_expand(rest, env, base, origin), origin)
     if kind == "s3":
         bucket, _, prefix = rest.partition("/")
-        return _s3_source({"bucket": bucket, "prefix": prefix}, origin)
+        return s3_source({"bucket": bucket, "prefix": prefix}, origin, env)
     try:
         config = json.loads(rest or "{}")
     except ValueError as error:
         raise SettingsError(f"{origin}: the configuration is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise SettingsError(f"{origin}: the configuration must be a JSON object")
-    return _source_of_type(kind, config, origin)
+    return _source_of_type(kind, config, origin, env)
 
 
 def source_of_repo(repo: Repo, env: Mapping[str, str]) -> Source:
@@ -239,12 +257,12 @@ def source_of_repo(repo: Repo, env: Mapping[str, str]) -> Source:
             raise SettingsError(f"{origin}: a filesystem datastore needs a path")
         source = _directory_source(_expand(path or ".swamp", env, repo.directory, origin), origin)
     elif kind == "s3":
-        source = _s3_source(block, origin)
+        source = s3_source(block, origin, env)
     else:
         config = block.get("config", {})
         if not isinstance(config, dict):
             raise SettingsError(f"{origin}: datastore config must be a mapping")
-        source = _source_of_type(str(kind), config, origin)
+        source = _source_of_type(str(kind), config, origin, env)
     namespace = block.get("namespace")
     return with_namespace(source, str(namespace)) if namespace else source
 
@@ -302,7 +320,7 @@ def tiers_of(repo: Repo | None) -> TierPolicy:
 def resolve_source(argument: str | None, env: Mapping[str, str], cwd: Path) -> tuple[Source, Repo | None]:
     """SOURCE of the command line (URL, repository directory, or nothing) → datastore and repository."""
     if argument is not None and "://" in argument:
-        return source_of_url(argument), None
+        return source_of_url(argument, env), None
     if argument is not None:
         repo = read_repo(Path(argument).absolute())
         return source_of_repo(repo, env), repo

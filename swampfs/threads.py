@@ -6,13 +6,19 @@ would be a write nobody knows of (architecture §6).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from enum import Enum
 from typing import TypeVar
 
 import trio
 
+from swampfs.provider import AbortSignal
+
 T = TypeVar("T")
+
+abort_signal: ContextVar[AbortSignal | None] = ContextVar("abort_signal", default=None)
+"""The signal of the operation this task, or this worker thread, is part of."""
 
 
 class Lane(Enum):
@@ -29,8 +35,9 @@ class Lane(Enum):
 class Threads:
     """Runs blocking functions. One instance per process, made by the composition root."""
 
-    def __init__(self) -> None:
-        self._limiters = {lane: trio.CapacityLimiter(lane.value[1]) for lane in Lane}
+    def __init__(self, sizes: Mapping[Lane, int] | None = None) -> None:
+        wanted = sizes or {}
+        self._limiters = {lane: trio.CapacityLimiter(wanted.get(lane, lane.value[1])) for lane in Lane}
         self.hops = 0
         """Calls so far, for ``status``: a warm operation adds none."""
 

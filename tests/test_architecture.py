@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "swampfs"
 LAYERS: list[set[str]] = [
     {"__init__"},
     {"errors", "names", "records"},
-    {"settings", "provider"},
+    {"schemas", "settings", "provider"},
     {"threads"},
     {"backends", "state"},
     {"sync"},
@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
 ]
 # Within the first row the order is the one written.
-ORDER_IN_ROW = {"errors": 0, "names": 1, "records": 2, "settings": 0, "provider": 0}
+ORDER_IN_ROW = {"errors": 0, "names": 1, "records": 2, "schemas": 0, "settings": 1, "provider": 1}
 
 CONFINED = {
     "pyfuse3": "fuse/",

@@ -32,6 +32,8 @@ T = TypeVar("T")
 class FilesystemStore:
     """:class:`~swampfs.provider.ObjectStore` of one directory. Symbolic links are neither followed nor listed."""
 
+    label = "directory"
+
     def __init__(self, directory: str) -> None:
         self._root = directory
         self.name = f"file://{directory}"

@@ -1,18 +1,22 @@
 """Retries as a decorator of the store port (spec §10.1): 3 attempts, about 0.5 s and 1.5 s apart.
 
-Only errors whose class says so are retried. A retried put whose first attempt was applied may answer
+Only errors whose class says so are retried, and not once the caller's signal is raised: it also ends a pause at once.
+A retried put whose first attempt was applied may answer
 ``PreconditionError``; callers with preconditions re-read and recognise their own bytes (H28).
 """
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from swampfs.errors import StoreError
+from swampfs.errors import PreconditionError, StoreError
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
+from swampfs.threads import abort_signal
 
 T = TypeVar("T")
 
@@ -20,18 +24,48 @@ T = TypeVar("T")
 class RetryingStore:
     """An :class:`~swampfs.provider.ObjectStore` that tries again."""
 
-    def __init__(self, inner: ObjectStore, attempts: int = 3, first_pause_s: float = 0.4) -> None:
+    def __init__(self, inner: ObjectStore, attempts: int = 3, first_pause_s: float = 0.5) -> None:
         self._inner = inner
         self.name = inner.name
+        self.label = inner.label
+        self._first_pause_s = first_pause_s
         self._retrying = Retrying(
             stop=stop_after_attempt(attempts),
-            wait=wait_exponential(multiplier=first_pause_s, exp_base=3) + wait_random(0, first_pause_s / 2),
+            wait=self._pause_s,
+            sleep=_sleep,
             retry=retry_if_exception(lambda error: isinstance(error, StoreError) and error.retryable),
             reraise=True,
         )
 
+    def _pause_s(self, state: RetryCallState) -> float:
+        exact: float = self._first_pause_s * 3 ** (state.attempt_number - 1)
+        return exact * random.uniform(0.75, 1.25)  # noqa: S311
+
     def _call(self, fn: Callable[[], T]) -> T:
-        return self._retrying.copy()(fn)
+        signal = abort_signal.get()
+        if signal is not None:
+            signal.check()
+        try:
+            return fn()  # the common case does without the machinery
+        except StoreError as error:
+            if not error.retryable:
+                raise
+            first = error
+        return self._again(fn, first)
+
+    def _again(self, fn: Callable[[], T], first: StoreError) -> T:
+        failures = [first]
+
+        def attempt() -> T:
+            if failures:
+                raise failures.pop()
+            return fn()
+
+        try:
+            return self._retrying.copy()(attempt)
+        except PreconditionError as error:
+            error.retried = True
+            raise
 
     def get(self, key: str, *, unless: str = "") -> Blob | None:
         return self._call(lambda: self._inner.get(key, unless=unless))
@@ -53,3 +87,12 @@ class RetryingStore:
 
     def verify(self) -> None:
         self._call(self._inner.verify)
+
+
+def _sleep(seconds: float) -> None:
+    signal = abort_signal.get()
+    if signal is None:
+        time.sleep(seconds)
+    else:
+        signal.wait(seconds)
+        signal.check()

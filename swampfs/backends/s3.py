@@ -65,6 +65,8 @@ _CHUNK = 1 << 20
 class S3Store:
     """:class:`~swampfs.provider.ObjectStore` of one bucket. Thread-safe: one client, one connection pool."""
 
+    label = "S3"
+
     def __init__(self, source: Source, connections: int = 64) -> None:
         self._bucket = source.bucket
         self.name = f"s3://{source.bucket}"

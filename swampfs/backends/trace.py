@@ -25,6 +25,7 @@ class TracingStore:
     def __init__(self, inner: ObjectStore, trace_file: str | None = None) -> None:
         self._inner = inner
         self.name = inner.name
+        self.label = inner.label
         self._lock = threading.Lock()
         self._file = open(trace_file, "a", encoding="utf-8", buffering=1) if trace_file else None  # noqa: SIM115
         self.counts: Counter[str] = Counter()

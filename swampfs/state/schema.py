@@ -1,7 +1,8 @@
 """SQLite files: how they are opened, and their schemas, field by field.
 
-Both databases run in WAL mode. The journal commits with ``synchronous=FULL`` (0.25 ms here): a mark must be on disk
-before the bytes it announces. The catalog uses ``NORMAL``: it can be rebuilt from the index and the journal.
+All run in WAL mode. The journal commits with ``synchronous=FULL`` (0.25 ms here): a mark must be on disk
+before the bytes it announces. The catalog uses ``NORMAL``: it can be rebuilt from the index and the journal. So does
+the library's manifest, whose marks the fsynced sidecar backs.
 """
 
 from __future__ import annotations
@@ -45,6 +46,39 @@ CREATE TABLE finding (
     path TEXT, kind TEXT, detail TEXT NOT NULL, partition TEXT NOT NULL, PRIMARY KEY (path, kind)
 ) STRICT;
 CREATE TABLE parked (path TEXT PRIMARY KEY, lost INTEGER NOT NULL DEFAULT 0) STRICT;  -- spec H6: our entries in _root
+CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+
+MANIFEST_VERSION = 1
+MANIFEST = """
+CREATE TABLE file (
+    path          TEXT PRIMARY KEY,                   -- relative to the namespace
+    partition     INTEGER,                            -- partition.id the entry was read from; NULL: not in the index
+    size          INTEGER,                            -- the remote entry as last read (spec §2)
+    sha256        TEXT,
+    modified      TEXT,
+    mtime         TEXT,
+    lazy          INTEGER NOT NULL DEFAULT 0,         -- a metadata-only pull leaves it out (spec §6.1)
+    dangling      INTEGER NOT NULL DEFAULT 0,         -- 1: the entry's object answered 404
+    parked        INTEGER NOT NULL DEFAULT 0,         -- H6: 1 our entry in _root; 2 another writer dropped it
+    base_size     INTEGER,                            -- the content that local and remote last had in common
+    base_sha256   TEXT,
+    base_modified TEXT,
+    stat          TEXT,                               -- identity of the local file when it had that content
+    stat_at       INTEGER                             -- and when that was seen, ns
+) STRICT, WITHOUT ROWID;
+CREATE INDEX file_partition ON file (partition) WHERE partition IS NOT NULL;
+CREATE INDEX file_pending ON file (lazy) WHERE partition IS NOT NULL AND dangling = 0 AND (
+    base_size IS NOT size OR CASE WHEN base_sha256 IS NOT NULL AND sha256 IS NOT NULL THEN base_sha256 <> sha256
+                                  ELSE base_modified IS NOT modified END);
+CREATE TABLE partition (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, etag TEXT NOT NULL) STRICT;
+CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+
+MARKS_VERSION = 1
+MARKS = """
+CREATE TABLE dirty (path TEXT PRIMARY KEY, generation INTEGER NOT NULL) STRICT;  -- relative to the cache root
+CREATE INDEX dirty_generation ON dirty (generation);
 CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 

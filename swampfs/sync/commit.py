@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swampfs.errors import AbsentError, ConflictingWriteError, IndexCorruptError, PreconditionError, StoreError
-from swampfs.names import ROOT_PARTITION, Keyspace, RelPath, home_partition, partition_key
+from swampfs.names import ROOT_PARTITION, Keyspace, RelPath, home_partition, is_internal, partition_key
 from swampfs.provider import ABSENT, ALWAYS, Precondition, matching
 from swampfs.records import IndexDelta, IndexEntry, IndexMode, Partition, Watermark, timestamp
 from swampfs.sync.index import (
@@ -99,6 +99,12 @@ class Commit:
     def _raw(self, path: RelPath) -> object:
         found = (entries_of(document.content, document.key).get(path) for document in self.documents.values())
         return next((raw for raw in found if raw is not None), None)
+
+    def internal(self) -> list[RelPath]:
+        """Of the monolith only: shards belong to many, and readers scrub them in memory."""
+        monolith = self.documents.get(MONOLITH)
+        entries = entries_of(monolith.content, monolith.key) if monolith else {}
+        return [RelPath(path) for path in entries if is_internal(path)]
 
     def precondition(self, path: RelPath) -> Precondition:
         """An object may be replaced at will: what names it is the index, which is fenced."""

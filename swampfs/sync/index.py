@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from swampfs.errors import HostileNameError, IndexCorruptError, IndexVersionError
-from swampfs.names import RelPath, rel_path
+from swampfs.names import RelPath, index_path
 from swampfs.records import Finding, IndexEntry, IndexMode
 
 MONOLITH = ""
@@ -99,7 +99,7 @@ def decode_entries(
     bad: list[Finding] = []
     for name, raw in entries_of(document, what).items():
         try:
-            good.append(_entry(rel_path(name), raw))
+            good.append(_entry(index_path(name), raw))
         except HostileNameError as error:
             bad.append(Finding(name, "index-name", f"skipped: {error}", partition))
         except IndexCorruptError as error:

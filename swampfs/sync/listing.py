@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from swampfs.errors import AbsentError, HostileNameError
 from swampfs.names import NAMESPACE_MANIFEST, Keyspace, RelPath, is_internal, is_stray_internal, rel_path
@@ -45,6 +45,8 @@ async def list_entries(remote: Remote, keys: Keyspace) -> tuple[Partition, tuple
 class ListingIndex:
     """:class:`~swampfs.provider.RemoteIndex` of a plain directory: no index is ever written into it."""
 
+    in_place = True
+
     def __init__(self, remote: Remote, keys: Keyspace) -> None:
         self._remote = remote
         self._keys = keys
@@ -55,6 +57,11 @@ class ListingIndex:
             return None
         mark = Watermark(IndexMode.LISTING, monolith_etag=partition.etag)
         return IndexDelta(mark, {MONOLITH: partition}, frozenset({MONOLITH}), findings)
+
+    async def poll_some(
+        self, known: Watermark, partitions: Mapping[str, str], wanted: Callable[[str], bool]
+    ) -> IndexDelta | None:
+        return await self.poll(known, partitions)
 
     async def begin(
         self, paths: Mapping[RelPath, str | None], known: Watermark, parked: Sequence[IndexEntry] = ()
@@ -80,6 +87,9 @@ class _ListingTransaction:
     def entry(self, path: RelPath) -> IndexEntry | None:
         found = self._found.get(path)
         return found[0] if found else None
+
+    def internal(self) -> list[RelPath]:
+        return []
 
     def precondition(self, path: RelPath) -> Precondition:
         """Putting the file is the commit, so it is the put that must not overwrite somebody's newer version."""

@@ -93,6 +93,7 @@ class Lock:
         *,
         ttl_ms: int = TTL_MS,
         max_wait_s: float = 60.0,
+        retry_s: float = RETRY_S,
         trust_pids: bool = False,
         sightings: MutableMapping[str, Sighting] | None = None,
         note: Callable[[str, str | None], None] = lambda key, nonce: None,
@@ -102,6 +103,7 @@ class Lock:
         self.key = key
         self._ttl_ms = ttl_ms
         self._max_wait_s = max_wait_s
+        self._retry_s = retry_s
         self._trust_pids = trust_pids
         self._clock = clock
         self._note = note
@@ -139,7 +141,7 @@ class Lock:
                 self._note(self.key, None)
                 raise _timeout(self.key, holder[0] if holder else None, waited)
             await trio.sleep(min(pause, max(0.0, self._max_wait_s - waited)) * random.uniform(0.75, 1.25))  # noqa: S311
-            pause = min(pause * 2, RETRY_S)
+            pause = min(pause * 2, self._retry_s)
 
     async def release(self) -> None:
         """Remove our lock, and only ours. Idempotent; a store that does not answer leaves it to the TTL."""
@@ -252,7 +254,9 @@ class Lock:
 
 def _timeout(key: str, holder: LockInfo | None, waited_s: float) -> LockTimeoutError:
     who = f" held by {holder.holder} (pid {holder.pid})" if holder else ""
-    return LockTimeoutError(f'Lock "{key}"{who} — timed out after {int(waited_s * 1000)}ms')
+    waited_ms = int(waited_s * 1000)
+    text = f'Lock "{key}"{who} — timed out after {waited_ms}ms'
+    return LockTimeoutError(text, lock_key=key, holder=holder, waited_ms=waited_ms)
 
 
 @asynccontextmanager
@@ -302,7 +306,7 @@ async def prove_preconditions(remote: Remote, key: str) -> None:
         PreconditionsUnsupportedError: the store took the write, or does not know the header.
     """
     try:
-        await remote.put(key, b"swampfs precondition probe\n", matching("00000000000000000000000000000000"), Lane.LOCK)
+        await remote.put(key, b"swampfs precondition probe\n", matching("1"), Lane.LOCK)
     except (PreconditionError, AbsentError):
         return
     await remote.delete(key, lane=Lane.LOCK)

@@ -7,7 +7,7 @@ ETag moved. Meta is read before and after the shards, so that a commit in betwee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from swampfs.errors import AbsentError, IndexCorruptError
 from swampfs.names import Keyspace, RelPath
@@ -25,6 +25,8 @@ SHARDS_AT_ONCE = 10
 
 class ObjectIndex:
     """:class:`~swampfs.provider.RemoteIndex` of S3-like stores, bound to one namespace."""
+
+    in_place = False
 
     def __init__(self, remote: Remote, keys: Keyspace) -> None:
         self._remote = remote
@@ -46,10 +48,29 @@ class ObjectIndex:
                     continue
             etag = meta_blob.info.etag if meta_blob else known.meta_etag if unchanged else ""
             return await self._read_monolith(known, etag)
-        raise IndexCorruptError(
-            f"{self._keys.meta} changed during each of {_TORN_READS} readings",
-            remedy="other machines commit very often; the next refresh tries again",
-        )
+        raise self._torn()
+
+    async def poll_some(
+        self, known: Watermark, partitions: Mapping[str, str], wanted: Callable[[str], bool]
+    ) -> IndexDelta | None:
+        """Raises what :meth:`poll` raises. A version 1 index is one document: it is read whole (H11)."""
+        for _ in range(_TORN_READS):
+            meta_blob, unchanged = await self._meta(known)
+            if unchanged and known.mode is IndexMode.SHARDS:
+                return None  # then every partition read so far is current, too
+            meta = decode_meta(meta_blob.body, self._keys.meta) if meta_blob else None
+            if meta_blob is None or meta is None or meta.mode is not IndexMode.SHARDS:
+                etag = meta_blob.info.etag if meta_blob else known.meta_etag if unchanged else ""
+                return await self._read_monolith(known, etag)
+            changed: dict[str, Partition] = {}
+            findings: list[Finding] = []
+            names = [name for name in dict.fromkeys(meta.partitions) if wanted(name)]
+            await self._read_each(names, partitions, changed, findings)
+            if await self._is_current(meta_blob.info.etag):
+                listed = frozenset(meta.partitions)
+                mark = Watermark(IndexMode.SHARDS, meta.commit_seq, meta_blob.info.etag)
+                return IndexDelta(mark, changed, listed, tuple(findings), complete=False)
+        raise self._torn()
 
     async def begin(
         self, paths: Mapping[RelPath, str | None], known: Watermark, parked: Sequence[IndexEntry] = ()
@@ -75,25 +96,44 @@ class ObjectIndex:
             moved = names
         changed: dict[str, Partition] = {}
         findings: list[Finding] = []
-        errors = await for_each(moved, lambda name: self._read_shard(name, changed, findings), at_once=SHARDS_AT_ONCE)
-        if errors:
-            raise errors[0]
-        try:
-            again = await self._remote.get(self._keys.meta, unless=meta_etag)
-        except AbsentError:
-            return None
-        if again is not None:
+        await self._read_each(moved, {}, changed, findings)
+        if not await self._is_current(meta_etag):
             return None
         broken = any(finding.kind == "index-shard" for finding in findings)
         # An unreadable shard keeps its old rows; forgetting meta's ETag makes the next poll look again.
         mark = Watermark(IndexMode.SHARDS, meta.commit_seq, "" if broken else meta_etag)
         return IndexDelta(mark, changed, frozenset(names), tuple(findings))
 
-    async def _read_shard(self, name: str, changed: dict[str, Partition], findings: list[Finding]) -> None:
+    async def _is_current(self, meta_etag: str) -> bool:
+        """Whether no commit came in between (spec §6.3 BETTER)."""
+        try:
+            return await self._remote.get(self._keys.meta, unless=meta_etag) is None
+        except AbsentError:
+            return False
+
+    def _torn(self) -> IndexCorruptError:
+        return IndexCorruptError(
+            f"{self._keys.meta} changed during each of {_TORN_READS} readings",
+            remedy="other machines commit very often; try again",
+        )
+
+    async def _read_each(
+        self, names: Sequence[str], known: Mapping[str, str], changed: dict[str, Partition], findings: list[Finding]
+    ) -> None:
+        errors = await for_each(
+            names, lambda name: self._read_shard(name, known, changed, findings), at_once=SHARDS_AT_ONCE
+        )
+        if errors:
+            raise errors[0]
+
+    async def _read_shard(
+        self, name: str, known: Mapping[str, str], changed: dict[str, Partition], findings: list[Finding]
+    ) -> None:
         key = self._keys.shard(name)
         try:
-            blob = await self._remote.get(key)
-            assert blob is not None
+            blob = await self._remote.get(key, unless=known.get(name, ""))
+            if blob is None:
+                return
             entries, bad = decode_entries(decode_shard(blob.body, key), key, name)
         except AbsentError:
             findings.append(Finding(key, "index-shard", "listed but missing; its files stay as they were", name))

@@ -17,6 +17,10 @@ class Remote:
     def name(self) -> str:
         return self.store.name
 
+    @property
+    def label(self) -> str:
+        return self.store.label
+
     async def get(self, key: str, *, unless: str = "", lane: Lane = Lane.INDEX) -> Blob | None:
         return await self.threads.read(lane, lambda: self.store.get(key, unless=unless))
 

@@ -37,6 +37,7 @@ class FaultyStore:
     def __init__(self, inner: ObjectStore) -> None:
         self._inner = inner
         self.name = inner.name
+        self.label = inner.label
         self.faults: list[Fault] = []
 
     def _run(self, operation: str, key: str, fn: Callable[[], T]) -> T:

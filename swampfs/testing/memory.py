@@ -15,6 +15,8 @@ from swampfs.records import timestamp
 class MemoryStore:
     """:class:`~swampfs.provider.ObjectStore` over a dict. Thread-safe; shared by the machines of a test."""
 
+    label = "memory"
+
     def __init__(self, name: str = "memory://") -> None:
         self.name = name
         self._lock = threading.Lock()

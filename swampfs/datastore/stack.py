@@ -47,7 +47,7 @@ def open_datastore(
     """
     keys = Keyspace(source.prefix, source.namespace)
     is_plain = source.backend is Backend.FILESYSTEM
-    driver: ObjectStore = FilesystemStore(directory or source.directory) if is_plain else S3Store(source)
+    driver = FilesystemStore(directory or source.directory) if is_plain else _driver(source)
     trace = TracingStore(driver, trace_file)
     remote = Remote(RetryingStore(trace), threads)
     index: RemoteIndex = ListingIndex(remote, keys) if is_plain else ObjectIndex(remote, keys)
@@ -60,3 +60,11 @@ def open_datastore(
         await prove_preconditions(remote, keys.data("_control/swampfs/precondition-probe"))
 
     return Datastore(remote, keys, index, trace, make_lock, None if is_plain else prove)
+
+
+def _driver(source: Source) -> ObjectStore:
+    if source.backend is Backend.S3:
+        return S3Store(source)
+    from swampfs.backends.gcs import GcsStore  # half a second of imports that S3 users do without
+
+    return GcsStore(source)

@@ -1,0 +1,125 @@
+"""A provider for any object store or directory: seven calls in, the whole contract out (spec §10.8)."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+
+from swampfs.backends.retry import RetryingStore
+from swampfs.errors import SwampfsError
+from swampfs.names import Keyspace
+from swampfs.provider import (
+    GLOBAL_LOCK,
+    DatastoreHealthResult,
+    LockOptions,
+    NamespaceManifest,
+    ObjectStore,
+    RemoteIndex,
+)
+from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY
+from swampfs.state.sidecar import S3_FINGERPRINT
+from swampfs.sync.cache.service import CacheSyncService
+from swampfs.sync.datastore_lock import DatastoreLock, HeldLocks
+from swampfs.sync.listing import ListingIndex
+from swampfs.sync.namespaces import Namespaces
+from swampfs.sync.object_index import ObjectIndex
+from swampfs.sync.remote import Remote
+from swampfs.threads import Lane, Threads
+
+
+class StoreVerifier:
+    """:class:`~swampfs.provider.DatastoreVerifier`: one request to a bucket; a probe file in a directory."""
+
+    def __init__(self, remote: Remote, type_name: str, place: str, *, is_directory: bool) -> None:
+        self._remote = remote
+        self._type = type_name
+        self._place = place
+        self._is_directory = is_directory
+
+    async def verify(self) -> DatastoreHealthResult:
+        started = time.monotonic()
+        what = f"{'directory' if self._is_directory else f'{self._remote.label} bucket'} '{self._place}'"
+        try:
+            await self._remote.verify()
+            if self._is_directory:
+                probe = f".swamp-health-check-{uuid.uuid4()}"
+                await self._remote.put(probe, b"")
+                await self._remote.delete(probe)
+        except SwampfsError as error:
+            return self._result(started, f"Cannot access {what}: {error}.{_hint(error)}", healthy=False)
+        except Exception as error:  # a verifier never raises (spec §10.6)
+            return self._result(started, f"Cannot access {what}: {error!r}", healthy=False)
+        return self._result(started, f"{what} is accessible", healthy=True)
+
+    def _result(self, started: float, message: str, *, healthy: bool) -> DatastoreHealthResult:
+        latency_ms = (time.monotonic() - started) * 1000
+        details = {"path" if self._is_directory else "bucket": self._place}
+        return DatastoreHealthResult(healthy, message, latency_ms, self._type, details)
+
+
+def _hint(error: SwampfsError) -> str:
+    return f" {error.remedy[0].upper()}{error.remedy[1:]}." if error.remedy else ""
+
+
+class ObjectStoreProvider:
+    """:class:`~swampfs.provider.DatastoreProvider` of one configured store.
+
+    ``is_directory``: the objects are plain files that others use directly, so no index is ever written among them.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        type_name: str,
+        place: str,
+        *,
+        prefix: str = "",
+        is_directory: bool = False,
+        fingerprint_field: str = S3_FINGERPRINT,
+        pull_concurrency: int = PULL_CONCURRENCY,
+        push_concurrency: int = PUSH_CONCURRENCY,
+    ) -> None:
+        threads = Threads({Lane.HYDRATE: pull_concurrency, Lane.PUSH: push_concurrency})
+        self._remote = Remote(RetryingStore(store), threads)
+        self._type = type_name
+        self._place = place
+        self._keys = Keyspace(prefix)
+        self._is_directory = is_directory
+        self._fingerprint_field = fingerprint_field
+        self._widths = (pull_concurrency, push_concurrency)
+        self._held = HeldLocks()
+        self._namespaces = Namespaces(self._remote, self._keys, newline=is_directory)
+
+    def create_lock(self, datastore_path: str, options: LockOptions = GLOBAL_LOCK) -> DatastoreLock:
+        key = self._keys.key(options.lock_key or self._keys.global_lock)
+        return DatastoreLock(self._remote, key, options, self._held, trust_pids=self._is_directory)
+
+    def create_verifier(self) -> StoreVerifier:
+        return StoreVerifier(self._remote, self._type, self._place, is_directory=self._is_directory)
+
+    def create_sync_service(self, repo_dir: str, cache_path: str) -> CacheSyncService:
+        return CacheSyncService(
+            self._remote,
+            self._keys,
+            self._index,
+            cache_path,
+            fingerprint_field=self._fingerprint_field,
+            held=self._held,
+            widths=self._widths,
+        )
+
+    def resolve_datastore_path(self, repo_dir: str) -> str:
+        return self._place if self._is_directory else os.path.join(repo_dir, ".swamp")
+
+    def resolve_cache_path(self, repo_dir: str) -> str | None:
+        return None
+
+    async def register_namespace(self, namespace: str, repo_id: str) -> NamespaceManifest:
+        return await self._namespaces.register(namespace, repo_id)
+
+    async def list_namespaces(self) -> list[str]:
+        return await self._namespaces.list()
+
+    def _index(self, keys: Keyspace) -> RemoteIndex:
+        return ListingIndex(self._remote, keys) if self._is_directory else ObjectIndex(self._remote, keys)

@@ -1,0 +1,1 @@
+"""The library's sync: a whole cache directory, shared with the existing extensions, against one datastore."""

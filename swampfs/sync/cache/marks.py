@@ -1,0 +1,130 @@
+"""What of a cache may hold unpushed work: marks of this library and of the existing extensions, as one set.
+
+Two records. The sidecar (spec §4) is what every client reads: up to 200 paths, then "everything". The mark log keeps
+all paths with a generation, so that a mark made during a push survives it. Both are written before ``mark_dirty``
+returns; a crash in between leaves one of them, and either is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from swampfs.names import NAMESPACE_MANIFEST
+from swampfs.records import Watermark, timestamp
+from swampfs.state.marks import MarkLog
+from swampfs.state.sidecar import MAX_PATHS, Sidecar, SidecarState
+
+
+class MarkedPaths:
+    """Namespace-relative paths, each standing for itself and everything below it."""
+
+    def __init__(self, paths: Iterable[str], *, bulk: bool) -> None:
+        self.paths = tuple(sorted(paths))
+        self.bulk = bulk
+        self._set = frozenset(self.paths)
+
+    def __contains__(self, path: object) -> bool:
+        if not self._set:
+            return False
+        at = str(path)
+        while at:
+            if at in self._set:
+                return True
+            at = at.rpartition("/")[0]
+        return False
+
+
+class Marks(NamedTuple):
+    """The marks as of one moment; :meth:`MarkBook.retire` clears exactly these."""
+
+    paths: MarkedPaths
+    overflowed: bool
+    dirty: bool
+    sidecar: SidecarState | None
+    done: frozenset[str]  # cache-relative paths that a push fulfils
+    foreign: frozenset[str]  # of other namespaces: not ours to clear
+    cut: int
+
+    @property
+    def walk_all(self) -> bool:
+        return self.paths.bulk or not self.paths.paths
+
+    @property
+    def lazy(self) -> bool:
+        """Absent content means "not hydrated", not "deleted"."""
+        return self.sidecar is not None and self.sidecar.lazy
+
+
+class MarkBook:
+    """Marks of one cache, seen from one namespace."""
+
+    def __init__(self, log: MarkLog, sidecar: Sidecar, root: str, namespace: str) -> None:
+        self._log = log
+        self._sidecar = sidecar
+        self._root = root
+        self._namespace = namespace
+        self._seen: tuple[str, SidecarState | None] | None = None
+
+    def mark(self, rel: str | None) -> int:
+        """Durable before return; no look at the file, which need not exist (spec §4). Returns the generation."""
+        normal = posixpath.normpath(rel) if rel else ""
+        if normal.startswith(("/", "../")) or normal in ("..", "."):
+            normal = ""
+        generation = self._log.mark(normal)
+        state = self._current_sidecar()
+        if state is not None and state.local_dirty and (state.bulk or normal in state.paths):
+            return generation  # nothing that another path could add
+        if normal:
+            self._sidecar.mark_path(normal)
+        else:
+            self._sidecar.mark_bulk()
+        return generation
+
+    def _current_sidecar(self) -> SidecarState | None:
+        """Read again only when somebody replaced it: a burst of marks must not read it each time (lesson 50)."""
+        stamp = self._sidecar.stamp()
+        if self._seen is None or self._seen[0] != stamp:
+            self._seen = (stamp, self._sidecar.load())
+        return self._seen[1]
+
+    def now(self) -> Marks:
+        """Everything marked so far."""
+        state = self._sidecar.load()
+        own, cut = self._log.marked()
+        ours_last = self._log.stamp() == self._sidecar.stamp()
+        dirty = bool(own) or state is None or (state.dirty and not ours_last)
+        bulk = state is None or state.bulk or "" in own or (state.local_dirty and not ours_last and not state.paths)
+        paths = {*own, *(state.paths if state else ())} - {""}
+        foreign = frozenset(path for path in paths if self._is_foreign(path))
+        done = frozenset(paths - foreign)
+        head = f"{self._namespace}/" if self._namespace else ""
+        inside = [path.removeprefix(head) for path in done if path.startswith(head)]
+        # In a namespace, a path that is in none says nothing of its own files, but that there is work somewhere (H16).
+        marked = MarkedPaths(inside, bulk=bulk or len(inside) < len(done))
+        return Marks(marked, state is not None and state.overflowed, dirty, state, done, foreign, cut)
+
+    def _is_foreign(self, path: str) -> bool:
+        head = path.partition("/")[0]
+        return head != self._namespace and os.path.exists(os.path.join(self._root, head, NAMESPACE_MANIFEST))
+
+    def retire(self, marks: Marks, own: Sequence[tuple[str, int]], watermark: Watermark | None) -> None:
+        """What these marks, and those the push itself made, announced is committed.
+
+        ``watermark`` only if the cache has every file of the index.
+        """
+        later, _ = self._log.marked(marks.cut)
+        newer = [path for path, generation in later.items() if (path, generation) not in own]
+        self._sidecar.retire(
+            marks.done | {path for path, _ in own},
+            newer[: MAX_PATHS + 1],
+            watermark,
+            timestamp(time.time_ns()),
+            bulk_done=marks.sidecar is None or marks.sidecar.bulk or bool(own),
+        )
+        self._log.retire(marks.cut, own, keep=marks.foreign)
+        if not newer:
+            self._log.set_stamp(self._sidecar.stamp())

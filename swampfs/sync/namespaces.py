@@ -1,0 +1,113 @@
+"""Namespace manifests, and objects of one namespace that ended up inside another (spec §1.7, §8.6)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from swampfs.errors import AbsentError, NamespaceError, PreconditionError, SettingsError
+from swampfs.names import NAMESPACE_MANIFEST, Keyspace, check_namespace
+from swampfs.provider import ABSENT, NamespaceManifest
+from swampfs.records import timestamp
+from swampfs.sync.remote import Remote
+
+
+def encode_manifest(manifest: NamespaceManifest) -> bytes:
+    """Pretty JSON without a trailing newline; directories and local mirrors add one (spec §1.7)."""
+    fields = {
+        "namespace": manifest.namespace,
+        "repoId": manifest.repo_id,
+        "registeredAt": manifest.registered_at,
+    }
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode()
+
+
+def decode_manifest(body: bytes, namespace: str) -> NamespaceManifest:
+    """Tolerant of unknown fields; an unreadable manifest has no known owner."""
+    try:
+        raw: Any = msgspec.json.decode(body)
+        return NamespaceManifest(namespace, str(raw["repoId"]), str(raw.get("registeredAt", "")))
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return NamespaceManifest(namespace, "", "")
+
+
+class Namespaces:
+    """The registry of one datastore: one manifest object per namespace."""
+
+    def __init__(self, remote: Remote, keys: Keyspace, *, newline: bool) -> None:
+        self._remote = remote
+        self._keys = keys._replace(namespace="")
+        self._newline = newline
+
+    async def register(self, namespace: str, repo_id: str) -> NamespaceManifest:
+        """First come, first served; the owner may register again.
+
+        Raises NamespaceError naming the owner, SettingsError for a name that is no slug.
+        """
+        check_namespace(namespace)
+        manifest = NamespaceManifest(namespace, repo_id, timestamp(time.time_ns()))
+        body = encode_manifest(manifest) + (b"\n" if self._newline else b"")
+        key = self._keys.key(f"{namespace}/{NAMESPACE_MANIFEST}")
+        try:
+            await self._remote.put(key, body, ABSENT)
+        except PreconditionError:
+            owner = await self.owner(namespace)
+            if owner is not None and owner.repo_id not in ("", repo_id):
+                raise NamespaceError(
+                    f'Namespace "{namespace}" is already registered by repo {owner.repo_id}',
+                    remedy="choose another name, or set this repository's repoId to that one",
+                ) from None
+            await self._remote.put(key, body)
+        return manifest
+
+    async def owner(self, namespace: str) -> NamespaceManifest | None:
+        try:
+            blob = await self._remote.get(self._keys.key(f"{namespace}/{NAMESPACE_MANIFEST}"))
+        except AbsentError:
+            return None
+        assert blob is not None
+        return decode_manifest(blob.body, namespace)
+
+    async def list(self) -> list[str]:
+        """Valid slugs that have a manifest."""
+        root = self._keys.data("")
+        found = []
+        for info in await self._remote.list(root):
+            name, slash, rest = info.key[len(root) :].partition("/")
+            if slash and rest == NAMESPACE_MANIFEST and _is_slug(name):
+                found.append(name)
+        return found
+
+
+def _is_slug(name: str) -> bool:
+    try:
+        check_namespace(name)
+    except SettingsError:
+        return False
+    return True
+
+
+async def foreign_objects(remote: Remote, keys: Keyspace) -> tuple[Counter[str], list[str]]:
+    """Objects ``{ns}/{known}/…`` where ``known`` is a namespace: how many of each, and their keys."""
+    solo = keys._replace(namespace="")
+    listed = [info.key for info in await remote.list(solo.data(""))]
+    rels = [key[len(solo.data("")) :] for key in listed]
+    inside = f"{keys.namespace}/"
+    known = set()
+    for rel in rels:
+        head, slash, rest = rel.removeprefix(inside).partition("/")
+        if slash and rest == NAMESPACE_MANIFEST and head != keys.namespace:
+            known.add(head)
+    count: Counter[str] = Counter()
+    found = []
+    for rel in rels:
+        if rel.startswith(inside):
+            head, slash, _ = rel.removeprefix(inside).partition("/")
+            if slash and head in known:
+                count[head] += 1
+                found.append(solo.data(rel))
+    return count, found
