@@ -22,6 +22,7 @@ from swampfs.sync.cache.decide import covers_model, is_in_scope, scope_partition
 from swampfs.sync.cache.marks import MarkedPaths
 from swampfs.sync.cache.parts import CacheParts
 from swampfs.sync.cache.transfer import Batch, transfer_error
+from swampfs.sync.cache.tree import IN_MEMORY
 from swampfs.threads import Lane
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class CachePuller:
     async def pull(self, models: Sequence[ModelRef], marks: MarkedPaths, signal: AbortSignal | None, *,
                    lazy: bool) -> int:  # fmt: skip
         """Returns how many files were downloaded. Raises TransferError naming what could not be."""
+        self._tree.make()
         sidecar = self._parts.sidecar.load()
         if models:
             scopes = scope_partitions(models)
@@ -216,9 +218,17 @@ class CachePuller:
                 os.unlink(staged)
 
     def _download(self, entry: IndexEntry, staged: str) -> str:
-        self._parts.remote.store.download(self._parts.keys.data(entry.path), staged)
-        with open(staged, "rb", buffering=0) as file:
-            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        store, key = self._parts.remote.store, self._parts.keys.data(entry.path)
+        if entry.size <= IN_MEMORY:
+            blob = store.get(key)
+            assert blob is not None
+            size, digest = len(blob.body), hashlib.sha256(blob.body).hexdigest()
+            with open(staged, "xb", buffering=0) as file:
+                file.write(blob.body)
+        else:
+            store.download(key, staged)
+            with open(staged, "rb", buffering=0) as file:
+                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         if size != entry.size:
             raise IntegrityError(f"it has {size} bytes in the datastore; its index says {entry.size}")
         if entry.sha256 not in (None, digest):

@@ -281,7 +281,10 @@ class CachePusher:
         """Nobody committed one of our paths since we decided on it; others' paths are merged."""
         for path, sent in prepared.sent.items():
             decided, now = prepared.changes[path].entry, _entry_of(transaction, path)
-            if now is not None and now != decided and not sent.entry.same_content(now):
+            if now is None or now == decided or sent.entry.same_content(now):
+                continue
+            # An un-indexed bucket is listed: there an entry without a hash is the object we have just put.
+            if now.sha256 is not None or now.size != sent.entry.size:
                 raise ConflictingWriteError(
                     f"{path} was committed by another machine while it was uploaded here",
                     remedy="it is still marked: push again",

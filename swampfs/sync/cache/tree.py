@@ -48,8 +48,11 @@ class CacheTree:
         self.own = os.path.join(self.root, OWN)
         self._staging = os.path.join(self.own, "staging")
         self._conflicts = os.path.join(self.own, "conflicts")
+        self._safe: set[str] = set()  # directories seen to be real ones since the last operation began
 
     def make(self) -> None:
+        """Begin an operation: our own directories exist, and no other is taken for granted."""
+        self._safe.clear()
         os.makedirs(self._staging, mode=0o700, exist_ok=True)
 
     def path(self, rel: str) -> str:
@@ -119,14 +122,18 @@ class CacheTree:
         os.utime(staged, ns=(mtime_ns, mtime_ns))
         target = self.path(rel)
         self.make_parents(rel)
-        if os.path.isdir(target) and not os.path.islink(target):
+        try:
+            os.rename(staged, target)
+        except IsADirectoryError:
             os.rmdir(target)
-        os.rename(staged, target)
+            os.rename(staged, target)
         return os.lstat(target)
 
     def make_parents(self, rel: str) -> None:
         """Directories above a path. Raises HostileNameError if one of them is a link (spec §5.3)."""
         directory = os.path.dirname(self.path(rel))
+        if directory in self._safe and os.path.isdir(directory):
+            return
         try:
             os.makedirs(directory, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -134,6 +141,7 @@ class CacheTree:
             os.makedirs(directory, exist_ok=True)
         if os.path.realpath(directory) != os.path.join(os.path.realpath(self.root), directory[len(self.root) + 1 :]):
             raise HostileNameError(f"{rel} lies behind a symbolic link in the cache {self.root}")
+        self._safe.add(directory)
 
     def _clear_file_above(self, rel: str) -> None:
         """A file became a directory in the datastore; the caller has made sure that it is not changed here."""
