@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from swampfs.testing.gcs_server import GcsServer
 from tests import seaweed
 from tests.harness import FIXTURES, Machine
 
@@ -59,6 +60,25 @@ class Bucket:
 @pytest.fixture
 def bucket(server: seaweed.Server) -> Bucket:
     return Bucket(server, f"t{next(_prefixes)}")
+
+
+@pytest.fixture
+def own_bucket(server: seaweed.Server) -> Iterator[str]:
+    """A bucket of this test alone, gone afterwards."""
+    name = f"own-{next(_prefixes)}"
+    client: Any = server.client()
+    client.create_bucket(Bucket=name)
+    yield name
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
+        for item in page.get("Contents", ()):
+            client.delete_object(Bucket=name, Key=item["Key"])
+    client.delete_bucket(Bucket=name)
+
+
+@pytest.fixture(scope="session")
+def gcs() -> Iterator[GcsServer]:
+    with GcsServer() as running:
+        yield running
 
 
 @pytest.fixture

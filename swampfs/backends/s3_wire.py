@@ -15,6 +15,7 @@ import re
 import socket
 import ssl
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -75,6 +76,7 @@ class Wire:
             self._tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
         self._idle: deque[tuple[float, _Connection]] = deque()
         self._signing: tuple[str, bytes] = ("", b"")
+        weakref.finalize(self, _close_all, self._idle)
 
     @staticmethod
     def is_direct(url: str) -> bool:
@@ -170,6 +172,11 @@ class Wire:
                 derived = hmac.digest(derived, part.encode(), "sha256")
             self._signing = (secret + scope, derived)
         return derived
+
+
+def _close_all(idle: deque[tuple[float, _Connection]]) -> None:
+    while idle:
+        idle.pop()[1].close()
 
 
 class _Connection:

@@ -106,6 +106,7 @@ class ObjectStoreProvider:
             cache_path,
             fingerprint_field=self._fingerprint_field,
             held=self._held,
+            two_phase=not self._is_directory,  # a file put into a directory is published
             widths=self._widths,
         )
 

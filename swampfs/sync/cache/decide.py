@@ -37,6 +37,8 @@ def judge(local: IndexEntry, entry: IndexEntry | None, base: IndexEntry | None, 
     changed_here = base is None or not _same_bytes(local, base)
     if changed_here:
         assert local.sha256 is not None
+        if base is not None and entry is not None and entry.sha256 is None and entry.same_content(base):
+            return Verdict.PUSH  # the index has no hash, but what it names is what we know to differ
         wanted = needs_push(local.size, local.local_mtime, local.sha256, entry)
         return Verdict.PUSH if wanted else Verdict.SAME
     if entry is None:

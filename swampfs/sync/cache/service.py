@@ -69,6 +69,7 @@ class CacheSyncService:
         *,
         fingerprint_field: str,
         held: HeldLocks,
+        two_phase: bool,
         widths: tuple[int, int],
     ) -> None:
         self._remote = remote
@@ -81,6 +82,7 @@ class CacheSyncService:
         self._log = MarkLog(os.path.join(own, "marks.db"))
         self._book = MarkBook(self._log, self._sidecar, self._root, "")
         self._held = held
+        self._two_phase = two_phase
         self._widths = widths
         self._namespace: str | None = None  # not bound yet
         self._bound: _Bound | None = None
@@ -96,7 +98,7 @@ class CacheSyncService:
             scoped_sync=True,
             lazy_hydration=True,
             namespaced_sync=True,
-            two_phase_sync=True,
+            two_phase_sync=self._two_phase,
             control_plane=True,
             preview_push=True,
         )
