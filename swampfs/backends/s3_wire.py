@@ -47,6 +47,16 @@ class Answer(NamedTuple):
     error: Mapping[str, str] = {}
 
 
+class _Request(NamedTuple):
+    """``path`` and ``query`` are encoded already."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
 class Unanswered(Exception):
     """No complete response came; the request may have been applied."""
 
@@ -95,16 +105,14 @@ class Wire:
     def list_page(self, query: Mapping[str, str]) -> Answer:
         """``ListObjectsV2`` of the bucket. Raises Unanswered."""
         encoded = "&".join(f"{name}={quote(query[name], safe='-._~')}" for name in sorted(query))
-        return self._send("GET", self._root or "/", encoded, {}, b"", None)
+        return self._send(_Request("GET", self._root or "/", encoded, {}, b""), None)
 
     def _request(self, method: str, key: str, headers: Mapping[str, str], body: bytes, sink: BinaryIO | None) -> Answer:
-        return self._send(method, f"{self._root}/{quote(key, safe='/-._~')}", "", headers, body, sink)
+        return self._send(_Request(method, f"{self._root}/{quote(key, safe='/-._~')}", "", headers, body), sink)
 
-    def _send(  # noqa: PLR0917 — one request, whole
-        self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes, sink: BinaryIO | None
-    ) -> Answer:
-        digest = hashlib.sha256(body).hexdigest() if body else _EMPTY_SHA256
-        head = self._sign(method, path, query, headers, digest)
+    def _send(self, request: _Request, sink: BinaryIO | None) -> Answer:
+        method, body = request.method, request.body
+        head = self._sign(request)
         if method == "PUT":
             head += f"content-length: {len(body)}\r\n"
         connection = self._connection()
@@ -142,8 +150,10 @@ class Wire:
         except OSError as error:
             raise Unanswered(f"{type(error).__name__}: {error}") from error
 
-    def _sign(self, method: str, path: str, query: str, headers: Mapping[str, str], digest: str) -> str:
+    def _sign(self, request: _Request) -> str:
         """Request line and headers, signed with Signature Version 4 (AWS General Reference)."""
+        method, path, query, headers, body = request
+        digest = hashlib.sha256(body).hexdigest() if body else _EMPTY_SHA256
         key = self._key()
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         scope = f"{moment[:8]}/{self._region}/s3/aws4_request"
@@ -154,8 +164,8 @@ class Wire:
         names = sorted(all_headers)
         signed = ";".join(names)
         lines = "".join(f"{name}:{all_headers[name]}\n" for name in names)
-        request = f"{method}\n{path}\n{query}\n{lines}\n{signed}\n{digest}"
-        text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
+        canonical = f"{method}\n{path}\n{query}\n{lines}\n{signed}\n{digest}"
+        text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
         signature = hmac.digest(self._signing_key(key.secret, scope), text.encode(), "sha256").hex()
         target = f"{path}?{query}" if query else path
         head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {all_headers[name]}\r\n" for name in names)

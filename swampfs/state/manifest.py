@@ -8,8 +8,10 @@ Losing it loses no content: the next sync compares by hash.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from swampfs.names import RelPath, is_internal, is_lazy, is_servable
@@ -71,8 +73,16 @@ class Manifest:
             set_aside(path)
             self.db = open_database(path, MANIFEST, MANIFEST_VERSION, "NORMAL")
 
+        self._lock = threading.RLock()
+
     def close(self) -> None:
         self.db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """One thread at a time: calls of one service may overlap, and share this connection."""
+        with self._lock, transaction(self.db):
+            yield
 
     # --- rows ---------------------------------------------------------------------------------------------
 
@@ -106,7 +116,7 @@ class Manifest:
     def set_bases(self, bases: Iterable[tuple[RelPath, IndexEntry, os.stat_result | None]]) -> None:
         """Local content of these paths is in step with this entry; the stat is of the local file."""
         now = time.time_ns()
-        with transaction(self.db):
+        with self._transaction():
             self.db.executemany(
                 "INSERT INTO file (path, base_size, base_sha256, base_modified, stat, stat_at) VALUES (?,?,?,?,?,?)"
                 " ON CONFLICT (path) DO UPDATE SET base_size = excluded.base_size, base_sha256 = excluded.base_sha256,"
@@ -120,15 +130,29 @@ class Manifest:
     def forget_bases(self, paths: Iterable[str]) -> None:
         """These paths have no local content any more."""
         names = [(path,) for path in paths]
-        with transaction(self.db):
+        with self._transaction():
             self.db.executemany(
                 "UPDATE file SET base_size=NULL, base_sha256=NULL, base_modified=NULL, stat=NULL WHERE path=?", names
             )
             self.db.executemany("DELETE FROM file WHERE path = ? AND partition IS NULL", names)
 
     def mark_dangling(self, paths: Iterable[str]) -> None:
-        with transaction(self.db):
+        with self._transaction():
             self.db.executemany("UPDATE file SET dangling = 1 WHERE path = ?", [(path,) for path in paths])
+
+    # --- uploads under way --------------------------------------------------------------------------------
+
+    def note_uploads(self, paths: Iterable[str]) -> None:
+        """About to be sent: should no commit follow, their objects are known to be nobody else's."""
+        with self._transaction():
+            self.db.executemany("INSERT OR IGNORE INTO upload VALUES (?)", [(path,) for path in paths])
+
+    def forget_uploads(self, paths: Iterable[str]) -> None:
+        with self._transaction():
+            self.db.executemany("DELETE FROM upload WHERE path = ?", [(path,) for path in paths])
+
+    def uploads(self) -> list[RelPath]:
+        return [RelPath(row[0]) for row in self.db.execute("SELECT path FROM upload ORDER BY path")]
 
     # --- parked entries (H6) ------------------------------------------------------------------------------
 
@@ -141,7 +165,7 @@ class Manifest:
     def drop_entries(self, paths: Iterable[str]) -> None:
         """These are not in the index any more, whatever its documents said when last read."""
         names = [(path,) for path in paths]
-        with transaction(self.db):
+        with self._transaction():
             self.db.executemany("UPDATE file SET partition = NULL, parked = 0, dangling = 0 WHERE path = ?", names)
             self.db.executemany("DELETE FROM file WHERE path = ? AND base_size IS NULL", names)
 
@@ -159,17 +183,20 @@ class Manifest:
     def partitions(self) -> dict[str, str]:
         return dict(self.db.execute("SELECT name, etag FROM partition"))
 
-    def apply(self, delta: IndexDelta, covers: Callable[[str], bool] | None = None) -> None:
+    def apply(self, delta: IndexDelta, known: Watermark, covers: Callable[[str], bool] | None = None) -> bool:
         """Make the mirror equal to what was read. ``covers`` says which partitions an incomplete reading looked at.
 
-        Only a complete reading moves the watermark.
+        Only a complete reading moves the watermark. Returns ``False``, with nothing changed, if the mirror is no longer
+        the one that the reading began with (``known``): it may be newer than what was read.
         """
-        with transaction(self.db):
-            known = dict(self.db.execute("SELECT name, id FROM partition"))
+        with self._transaction():
+            if self.watermark() != known:
+                return False
+            numbers = dict(self.db.execute("SELECT name, id FROM partition"))
             staying = {entry.path for partition in delta.changed.values() for entry in partition.entries}
-            for name in known.keys() - delta.kept - delta.changed.keys():
+            for name in numbers.keys() - delta.kept - delta.changed.keys():
                 if delta.complete or (covers is not None and covers(name)):
-                    self._drop_partition(known[name], staying)
+                    self._drop_partition(numbers[name], staying)
             internal = self.fact("scrub") == "1" and not delta.changed
             for name, partition in delta.changed.items():
                 self.db.execute(
@@ -178,7 +205,7 @@ class Manifest:
                     (name, partition.etag),
                 )
                 number = self.db.execute("SELECT id FROM partition WHERE name = ?", (name,)).fetchone()[0]
-                if name in known:
+                if name in numbers:
                     self._remove_gone(number, staying)
                 entries = [entry for entry in partition.entries if is_servable(entry.path)]
                 internal |= any(is_internal(entry.path) for entry in partition.entries)
@@ -186,6 +213,7 @@ class Manifest:
             if delta.complete:
                 self._set_watermark(delta.watermark)
                 self.set_fact("scrub", "1" if internal else "0")
+        return True
 
     def _upsert(self, number: int, entries: Iterable[IndexEntry]) -> None:
         self.db.executemany(

@@ -6,14 +6,13 @@ One database per cache root, whatever the namespace: a mark may come before an i
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterable
 
 from swampfs.state.schema import MARKS, MARKS_VERSION, SchemaError, open_database, set_aside, transaction
 
-_MARK = """
-INSERT INTO dirty VALUES (?, (SELECT coalesce(max(generation), 0) + 1 FROM dirty))
-ON CONFLICT (path) DO UPDATE SET generation = excluded.generation RETURNING generation
-"""
+_MARK = "INSERT OR REPLACE INTO dirty (path, at) VALUES (?, ?) RETURNING generation"
 
 
 class MarkLog:
@@ -26,37 +25,36 @@ class MarkLog:
         except SchemaError:
             set_aside(path)  # the sidecar still says that there is work
             self._db = open_database(path, MARKS, MARKS_VERSION, "NORMAL")
+        self._lock = threading.Lock()  # workers of a pull ask whether a path was marked meanwhile
 
     def close(self) -> None:
         self._db.close()
 
     def mark(self, path: str) -> int:
         """Record a mark (``""`` = anything) with a new generation: made during a push, it outlives it."""
-        return int(self._db.execute(_MARK, (path,)).fetchone()[0])
+        with self._lock:
+            return int(self._db.execute(_MARK, (path, time.time_ns())).fetchone()[0])
 
     def marked(self, after: int = 0) -> tuple[dict[str, int], int]:
         """Paths marked later than a generation, and the newest generation."""
-        rows = self._db.execute("SELECT path, generation FROM dirty WHERE generation > ?", (after,)).fetchall()
+        with self._lock:
+            rows = self._db.execute("SELECT path, generation FROM dirty WHERE generation > ?", (after,)).fetchall()
         return dict(rows), max((row[1] for row in rows), default=after)
 
-    def retire(self, cut: int, more: Iterable[tuple[str, int]] = (), *, keep: Iterable[str] = ()) -> None:
-        """What the marks up to a generation, and exactly these others, announced is committed."""
-        with transaction(self._db):
-            kept = [(path, generation) for path in keep if (generation := self._generation(path)) is not None]
-            self._db.execute("DELETE FROM dirty WHERE generation <= ?", (cut,))
-            self._db.executemany("DELETE FROM dirty WHERE path = ? AND generation = ?", list(more))
-            self._db.executemany("INSERT OR REPLACE INTO dirty VALUES (?, ?)", kept)
+    def retire(self, cut: int, more: Iterable[int] = (), *, keep: Iterable[str] = ()) -> None:
+        """What the marks up to a generation, and exactly these others, announced is committed; but for ``keep``."""
+        kept = set(keep)
+        with self._lock, transaction(self._db):
+            rows = self._db.execute("SELECT generation, path FROM dirty WHERE generation <= ?", (cut,)).fetchall()
+            done = [(generation,) for generation, path in rows if path not in kept]
+            self._db.executemany("DELETE FROM dirty WHERE generation = ?", done + [(number,) for number in more])
 
-    def _generation(self, path: str) -> int | None:
-        row = self._db.execute("SELECT generation FROM dirty WHERE path = ?", (path,)).fetchone()
-        return None if row is None else int(row[0])
-
-    def stamp(self) -> str:
-        """Identity of the sidecar as we last left it with nothing more to push."""
-        return self._fact("sidecar") or ""
-
-    def set_stamp(self, stamp: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO fact VALUES ('sidecar', ?)", (stamp,))
+    def young(self, paths: Iterable[str], age_s: float) -> set[str]:
+        """Those of the paths that were marked not longer ago than this."""
+        since = time.time_ns() - int(age_s * 1e9)
+        with self._lock:
+            found = {row[0] for row in self._db.execute("SELECT path FROM dirty WHERE at >= ?", (since,))}
+        return found.intersection(paths)
 
     def export(self, namespace: str) -> str | None:
         """Hash of the catalog last exported for a namespace; the sidecar has room for one only (spec §8.3)."""

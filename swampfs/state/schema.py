@@ -67,6 +67,7 @@ CREATE TABLE file (
     stat          TEXT,                               -- identity of the local file when it had that content
     stat_at       INTEGER                             -- and when that was seen, ns
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE upload (path TEXT PRIMARY KEY) STRICT;   -- sent or about to be, and not in the index yet
 CREATE INDEX file_partition ON file (partition) WHERE partition IS NOT NULL;
 CREATE INDEX file_pending ON file (lazy) WHERE partition IS NOT NULL AND dangling = 0 AND (
     base_size IS NOT size OR CASE WHEN base_sha256 IS NOT NULL AND sha256 IS NOT NULL THEN base_sha256 <> sha256
@@ -77,8 +78,11 @@ CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
 MARKS_VERSION = 1
 MARKS = """
-CREATE TABLE dirty (path TEXT PRIMARY KEY, generation INTEGER NOT NULL) STRICT;  -- relative to the cache root
-CREATE INDEX dirty_generation ON dirty (generation);
+CREATE TABLE dirty (
+    generation INTEGER PRIMARY KEY AUTOINCREMENT,     -- never used twice: a mark made again is another one
+    path       TEXT NOT NULL UNIQUE,                  -- relative to the cache root; '' is anything
+    at         INTEGER NOT NULL                       -- when, ns
+) STRICT;
 CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 

@@ -108,6 +108,10 @@ class Sidecar:
     def mark_bulk(self) -> None:
         self._update(lambda fields: fields.update(localDirty=True, bulkInvalidated=True))
 
+    def mark_unsettled(self) -> None:
+        """Objects may be newer than their entries: until a commit, no client may take this cache for clean."""
+        self._update(lambda fields: fields.update(localDirty=True))
+
     def set_lazy(self, active: bool) -> None:
         self._update(lambda fields: fields.update(lazyPullActive=active))
 
@@ -132,7 +136,7 @@ class Sidecar:
         """A push has committed what ``done`` announced; ``newer`` (``""`` = anything) was marked while it ran.
 
         Marks of others that came meanwhile stay. ``watermark`` is ``None`` if the cache lacks files of the index: then
-        it does not count as clean (lesson 4).
+        it is not verified, so that nobody takes the fast path past them (lesson 4).
         """
 
         def clear(fields: Fields) -> None:
@@ -144,7 +148,7 @@ class Sidecar:
             fields["dirtyPaths"] = paths[:MAX_PATHS]
             fields["bulkInvalidated"] = fields["bulkInvalidated"] or over or "" in newer
             fields["dirtyPathsOverflowed"] = fields["dirtyPathsOverflowed"] or over
-            fields["localDirty"] = watermark is None or bool(paths) or fields["bulkInvalidated"]
+            fields["localDirty"] = bool(paths) or fields["bulkInvalidated"]
             if watermark is not None:
                 self._set_verified(fields, watermark, verified_at)
 

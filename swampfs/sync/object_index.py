@@ -53,7 +53,12 @@ class ObjectIndex:
     async def poll_some(
         self, known: Watermark, partitions: Mapping[str, str], wanted: Callable[[str], bool]
     ) -> IndexDelta | None:
-        """Raises what :meth:`poll` raises. A version 1 index is one document: it is read whole (H11)."""
+        """Raises what :meth:`poll` raises. A version 1 index is one document: it is read whole (H11).
+
+        So is one that was version 1 when last read: entries known from the monolith belong to no shard.
+        """
+        if known.mode in (IndexMode.MONOLITH, IndexMode.LISTING):
+            return await self.poll(known, partitions)
         for _ in range(_TORN_READS):
             meta_blob, unchanged = await self._meta(known)
             if unchanged and known.mode is IndexMode.SHARDS:

@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from swampfs.names import NAMESPACE_MANIFEST
+from swampfs.names import NAMESPACE_MANIFEST, SYNCED_DIRECTORIES
 from swampfs.records import Watermark, timestamp
 from swampfs.state.marks import MarkLog
 from swampfs.state.sidecar import MAX_PATHS, Sidecar, SidecarState
+
+_PATIENCE_S = 600.0
 
 
 class MarkedPaths:
@@ -25,14 +27,14 @@ class MarkedPaths:
     def __init__(self, paths: Iterable[str], *, bulk: bool) -> None:
         self.paths = tuple(sorted(paths))
         self.bulk = bulk
-        self._set = frozenset(self.paths)
+        self.exact = frozenset(self.paths)
 
     def __contains__(self, path: object) -> bool:
-        if not self._set:
+        if not self.exact:
             return False
         at = str(path)
         while at:
-            if at in self._set:
+            if at in self.exact:
                 return True
             at = at.rpartition("/")[0]
         return False
@@ -95,9 +97,9 @@ class MarkBook:
         """Everything marked so far."""
         state = self._sidecar.load()
         own, cut = self._log.marked()
-        ours_last = self._log.stamp() == self._sidecar.stamp()
-        dirty = bool(own) or state is None or (state.dirty and not ours_last)
-        bulk = state is None or state.bulk or "" in own or (state.local_dirty and not ours_last and not state.paths)
+        dirty = bool(own) or state is None or state.dirty
+        # Dirty without a path, or no sidecar at all: somebody knows of work, nobody knows where (spec §4).
+        bulk = state is None or state.bulk or "" in own or (state.local_dirty and not state.paths)
         paths = {*own, *(state.paths if state else ())} - {""}
         foreign = frozenset(path for path in paths if self._is_foreign(path))
         done = frozenset(paths - foreign)
@@ -108,23 +110,43 @@ class MarkBook:
         return Marks(marked, state is not None and state.overflowed, dirty, state, done, foreign, cut)
 
     def _is_foreign(self, path: str) -> bool:
+        """Of another namespace: one that is registered here, or at least no directory of swamp's own."""
         head = path.partition("/")[0]
-        return head != self._namespace and os.path.exists(os.path.join(self._root, head, NAMESPACE_MANIFEST))
+        if head == self._namespace or (not self._namespace and not self._is_namespace(head)):
+            return False
+        return self._is_namespace(head) or head not in SYNCED_DIRECTORIES
 
-    def retire(self, marks: Marks, own: Sequence[tuple[str, int]], watermark: Watermark | None) -> None:
+    def _is_namespace(self, head: str) -> bool:
+        return os.path.exists(os.path.join(self._root, head, NAMESPACE_MANIFEST))
+
+    def _has_others(self) -> bool:
+        return any(name != self._namespace and self._is_namespace(name) for name in os.listdir(self._root))
+
+    def was_marked(self, path: str, after: int) -> bool:
+        """Whether a namespace-relative path was marked since. Called by workers."""
+        later, _ = self._log.marked(after)
+        if not later:
+            return False
+        head = f"{self._namespace}/" if self._namespace else ""
+        return head + path in MarkedPaths(later, bulk=False)
+
+    def mark_unsettled(self) -> int:
+        """A push is about to send what nobody marked. Returns the generation of its own mark for that."""
+        generation = self._log.mark("")
+        self._sidecar.mark_unsettled()
+        return generation
+
+    def retire(self, marks: Marks, own: Sequence[int], waiting: Sequence[str], watermark: Watermark | None) -> None:
         """What these marks, and those the push itself made, announced is committed.
 
-        ``watermark`` only if the cache has every file of the index.
+        ``waiting`` are marks that a push found nothing for. The write they announce may be about to come, so they stay
+        for a while. ``watermark`` only if the cache has every file of the index.
         """
+        keep = marks.foreign | self._log.young(waiting, _PATIENCE_S)
         later, _ = self._log.marked(marks.cut)
-        newer = [path for path, generation in later.items() if (path, generation) not in own]
+        newer = [path for path, generation in later.items() if generation not in own]
+        bulk_done = marks.paths.bulk and not (self._namespace and self._has_others())
         self._sidecar.retire(
-            marks.done | {path for path, _ in own},
-            newer[: MAX_PATHS + 1],
-            watermark,
-            timestamp(time.time_ns()),
-            bulk_done=marks.sidecar is None or marks.sidecar.bulk or bool(own),
+            marks.done - keep, newer[: MAX_PATHS + 1], watermark, timestamp(time.time_ns()), bulk_done=bulk_done
         )
-        self._log.retire(marks.cut, own, keep=marks.foreign)
-        if not newer:
-            self._log.set_stamp(self._sidecar.stamp())
+        self._log.retire(marks.cut, own, keep=keep)

@@ -12,7 +12,7 @@ import trio
 from swampfs.errors import IndexCorruptError
 from swampfs.names import Keyspace
 from swampfs.provider import RemoteIndex
-from swampfs.records import Finding, IndexDelta
+from swampfs.records import Finding, IndexDelta, Watermark
 from swampfs.state.manifest import Manifest
 from swampfs.state.sidecar import Sidecar
 from swampfs.sync.cache.tree import CacheTree
@@ -54,16 +54,18 @@ class CacheParts:
             IndexCorruptError: a listed shard stays missing or unreadable. The monolith is never asked instead (H37).
             IndexVersionError: an index from the future.
         """
-        delta = await self._read(covers)
-        if delta is None:
-            return Refreshed(moved=False, current=True)
-        await self.remote.threads.write(Lane.DISK, self.manifest.apply, delta, covers)
-        return Refreshed(moved=True, current=delta.complete)
+        while True:
+            known = self.manifest.watermark()
+            delta = await self._read(known, covers)
+            if delta is None:
+                return Refreshed(moved=False, current=True)
+            if await self.remote.threads.write(Lane.DISK, self.manifest.apply, delta, known, covers):
+                return Refreshed(moved=True, current=delta.complete)
 
-    async def _read(self, covers: Callable[[str], bool] | None) -> IndexDelta | None:
+    async def _read(self, known: Watermark, covers: Callable[[str], bool] | None) -> IndexDelta | None:
         attempts = _SHARD_ATTEMPTS
         while True:
-            delta = await self._poll(covers)
+            delta = await self._poll(known, covers)
             broken = _broken_shard(delta)
             if broken is None:
                 return delta
@@ -72,8 +74,8 @@ class CacheParts:
                 raise IndexCorruptError(f"index is corrupt: {broken.path} is {broken.detail.partition(';')[0]}")
             await trio.sleep(_SHARD_PAUSE_S)  # a writer that deletes before it delists: gone in a moment
 
-    def _poll(self, covers: Callable[[str], bool] | None) -> Awaitable[IndexDelta | None]:
-        known, partitions = self.manifest.watermark(), self.manifest.partitions()
+    def _poll(self, known: Watermark, covers: Callable[[str], bool] | None) -> Awaitable[IndexDelta | None]:
+        partitions = self.manifest.partitions()
         if covers is None:
             return self.index.poll(known, partitions)
         return self.index.poll_some(known, partitions, covers)

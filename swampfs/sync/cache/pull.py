@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from swampfs.errors import AbsentError, IntegrityError
+import trio
+
+from swampfs.errors import AbsentError, IntegrityError, TransferError
 from swampfs.names import ModelRef, RelPath, is_lazy
 from swampfs.provider import AbortSignal
 from swampfs.records import IndexEntry, timestamp
-from swampfs.state.manifest import Row
+from swampfs.state.manifest import Row, identity
 from swampfs.sync.cache.decide import covers_model, is_in_scope, scope_partitions
-from swampfs.sync.cache.marks import MarkedPaths
+from swampfs.sync.cache.marks import MarkBook, Marks
 from swampfs.sync.cache.parts import CacheParts
 from swampfs.sync.cache.transfer import Batch, transfer_error
 from swampfs.sync.cache.tree import IN_MEMORY
@@ -27,16 +31,26 @@ from swampfs.threads import Lane
 
 log = logging.getLogger(__name__)
 
+_MISMATCHES = 4
+_MISMATCH_PAUSE_S = 0.5
+
 
 class Fetched(NamedTuple):
     entry: IndexEntry  # with the hash its bytes have
     stat: os.stat_result
 
 
+class _Download(NamedTuple):
+    entry: IndexEntry
+    seen: str  # identity of the local file it replaces; "" = there is none
+    cut: int  # marks later than this one are news
+
+
 class Plan(NamedTuple):
     """What a pull has to do."""
 
     fetch: list[IndexEntry]
+    seen: dict[RelPath, str]  # identity of the local files that the downloads replace
     adopt: list[tuple[RelPath, IndexEntry, os.stat_result | None]]  # local content found equal to the index
     remove: list[RelPath]  # gone there, untouched here
     aside: list[RelPath]  # of unknown origin and different: kept before the download replaces it
@@ -47,15 +61,18 @@ class Plan(NamedTuple):
 class CachePuller:
     """Pulls of one bound cache."""
 
-    def __init__(self, parts: CacheParts) -> None:
+    def __init__(self, parts: CacheParts, book: MarkBook) -> None:
         self._parts = parts
+        self._book = book
         self._manifest = parts.manifest
         self._tree = parts.tree
 
-    async def pull(self, models: Sequence[ModelRef], marks: MarkedPaths, signal: AbortSignal | None, *,
+    async def pull(self, models: Sequence[ModelRef], marks: Marks, signal: AbortSignal | None, *,
                    lazy: bool) -> int:  # fmt: skip
         """Returns how many files were downloaded. Raises TransferError naming what could not be."""
         self._tree.make()
+        if lazy:
+            self._parts.sidecar.set_lazy(active=True)  # before anything is left out: absence must not mean deletion
         sidecar = self._parts.sidecar.load()
         if models:
             scopes = scope_partitions(models)
@@ -66,9 +83,10 @@ class CachePuller:
             if not models:
                 self._note_verified(lazy=lazy)
             return 0
+        await self._judge_parked()
         plan = await self._parts.remote.threads.write(Lane.DISK, lambda: self._plan(models, marks, lazy=lazy))
         self._carry_out_locally(plan)
-        fetched = await self._fetch(plan.fetch, signal)
+        fetched = await self._fetch(plan, marks.cut, signal)
         if not models:
             self._note_verified(lazy=lazy)
         return fetched
@@ -77,14 +95,12 @@ class CachePuller:
         if not self._manifest.pending(eager_only=lazy):
             return True
         return bool(models) and not any(
-            is_in_scope(row.path, models) and _is_pending(row) and not (lazy and is_lazy(row.path))
-            for row in self._manifest.rows()
+            _is_pending(row) and not (lazy and is_lazy(row.path)) for row in self._rows(models)
         )
 
     def _note_verified(self, *, lazy: bool) -> None:
         """A complete pull is over: the sidecar says how far, and whether absent content means anything."""
         if lazy:
-            self._parts.sidecar.set_lazy(active=True)
             return
         state = self._parts.sidecar.load()
         if state is None or state.lazy:
@@ -100,10 +116,10 @@ class CachePuller:
 
     # --- deciding -----------------------------------------------------------------------------------------
 
-    def _plan(self, models: Sequence[ModelRef], marks: MarkedPaths, *, lazy: bool) -> Plan:
-        plan = Plan([], [], [], [], [], [])
+    def _plan(self, models: Sequence[ModelRef], marks: Marks, *, lazy: bool) -> Plan:
+        plan = Plan([], {}, [], [], [], [], [])
         for row in list(self._rows(models)):
-            if row.path in marks or row.dangling:
+            if row.path in marks.paths or row.dangling:
                 continue
             if row.entry is None:
                 self._plan_removal(row, plan)
@@ -112,8 +128,12 @@ class CachePuller:
         return plan
 
     def _rows(self, models: Sequence[ModelRef]) -> Iterable[Row]:
-        rows = self._manifest.rows()
-        return rows if not models else (row for row in rows if is_in_scope(row.path, models))
+        if not models:
+            return self._manifest.rows()
+        places = [f"data/{model.type}/{model.id}" for model in models]
+        places += [f"{top}/{model.type}" for model in models for top in ("outputs", "definitions-evaluated")]
+        rows = chain.from_iterable(self._manifest.rows(place) for place in dict.fromkeys(places))
+        return (row for row in rows if is_in_scope(row.path, models))
 
     def _plan_removal(self, row: Row, plan: Plan) -> None:
         """Deleted there: remove an untouched copy; a changed one stays (H19, rule 5)."""
@@ -125,7 +145,7 @@ class CachePuller:
         else:
             log.info("%s was deleted in the datastore and changed here: kept", row.path)
 
-    def _plan_entry(self, row: Row, entry: IndexEntry, marks: MarkedPaths, plan: Plan, *, lazy: bool) -> None:
+    def _plan_entry(self, row: Row, entry: IndexEntry, marks: Marks, plan: Plan, *, lazy: bool) -> None:
         found = self._tree.stat(row.path)
         if found is None:
             if lazy:
@@ -137,27 +157,29 @@ class CachePuller:
             return
         if row.is_untouched(found):
             if not entry.same_content(row.base):
-                self._replace(row, entry, plan, lazy=lazy)
+                self._replace(row, entry, found, plan, lazy=lazy)
             elif row.base is not None and row.base.last_modified != entry.last_modified:
                 plan.adopt.append((row.path, entry, found))  # pushed again with the same bytes
             return
         digest = self._local_hash(row.path)
         if _is_same(found, digest, entry, row.base):
-            plan.adopt.append((row.path, entry._replace(sha256=digest), found))
-        elif row.base is None and not marks.bulk:
+            # Equal to an entry without a hash is a guess by size, unless what was in step proves it.
+            plan.adopt.append((row.path, entry._replace(sha256=digest) if row.base else entry, found))
+        elif row.base is None and not marks.paths.bulk:
             plan.aside.append(row.path)
             plan.fetch.append(entry)
         elif row.base is not None and digest == row.base.sha256:
-            self._replace(row, entry, plan, lazy=lazy)
+            self._replace(row, entry, found, plan, lazy=lazy)
         else:
             log.info("%s was changed here without a mark: kept", row.path)
 
-    def _replace(self, row: Row, entry: IndexEntry, plan: Plan, *, lazy: bool) -> None:
+    def _replace(self, row: Row, entry: IndexEntry, found: os.stat_result, plan: Plan, *, lazy: bool) -> None:
         """Untouched here, moved on there. A metadata-only pull lets old lazy content go instead."""
         if lazy:
             plan.remove.append(row.path)
         else:
             plan.fetch.append(entry)
+            plan.seen[entry.path] = identity(found)
 
     def _local_hash(self, rel: str) -> str | None:
         try:
@@ -179,43 +201,97 @@ class CachePuller:
         self._manifest.set_bases(plan.adopt)
         self._manifest.forget_bases([*plan.remove, *plan.absent])
 
-    async def _fetch(self, entries: Sequence[IndexEntry], signal: AbortSignal | None) -> int:
-        """Download, verify, admit. What the index had newer by then is read once more (spec §6.3)."""
-        failed = await self._fetch_all(entries, signal)
-        moved = [entry.path for entry, error in failed if isinstance(error, IntegrityError | AbsentError)]
-        if moved and (await self._parts.refresh()).moved:
-            now = {path: row.entry for path in moved if (row := self._manifest.row(path)) is not None}
-            again = [entry for entry in now.values() if entry is not None]
-            settled = [pair for pair in failed if pair[0].path not in moved]
-            failed = settled + await self._fetch_all(again, signal)
-        self._manifest.mark_dangling(entry.path for entry, error in failed if isinstance(error, AbsentError))
-        fatal = [(str(entry.path), error) for entry, error in failed if not isinstance(error, AbsentError)]
+    async def _fetch(self, plan: Plan, cut: int, signal: AbortSignal | None) -> int:
+        """Download, verify, admit. Returns how many files. Raises TransferError.
+
+        Bytes that do not match are most often a push in progress, whose content lands before its index entry: the index
+        is read again a few times until both agree.
+        """
+        wanted = [_Download(entry, plan.seen.get(entry.path, ""), cut) for entry in plan.fetch]
+        fetched, failed = await self._fetch_all(wanted, signal)
+        for _ in range(_MISMATCHES):
+            odd = {d.entry.path: d for d, error in failed if isinstance(error, IntegrityError | AbsentError)}
+            if not odd:
+                break
+            if not (await self._parts.refresh()).moved and any(
+                isinstance(error, IntegrityError) for _, error in failed
+            ):
+                await trio.sleep(_MISMATCH_PAUSE_S)
+            rows = {path: self._manifest.row(path) for path in odd}
+            again = [odd[path]._replace(entry=row.entry) for path, row in rows.items() if row and row.entry]
+            more, failed_again = await self._fetch_all(again, signal)
+            fetched += more
+            failed = [pair for pair in failed if pair[0].entry.path not in odd] + failed_again
+        self._manifest.mark_dangling(d.entry.path for d, error in failed if isinstance(error, AbsentError))
+        fatal = [(str(d.entry.path), error) for d, error in failed if not isinstance(error, AbsentError)]
         if fatal:
             raise transfer_error("pull", self._parts.remote.label, fatal)
-        return len(entries) - len(failed)
+        return fetched
 
     async def _fetch_all(
-        self, entries: Sequence[IndexEntry], signal: AbortSignal | None
-    ) -> list[tuple[IndexEntry, Exception]]:
-        if not entries:
-            return []
-        batch = Batch(entries, self.fetch_one, signal)
+        self, wanted: Sequence[_Download], signal: AbortSignal | None
+    ) -> tuple[int, list[tuple[_Download, Exception]]]:
+        if not wanted:
+            return 0, []
+        batch = Batch(wanted, self._fetch_one, signal)
         try:
-            await batch.run(self._parts.remote.threads, Lane.HYDRATE, min(self._parts.pull_width, len(entries)))
+            await batch.run(self._parts.remote.threads, Lane.HYDRATE, min(self._parts.pull_width, len(wanted)))
         finally:
-            self._manifest.set_bases((entry.path, got.entry, got.stat) for entry, got in batch.done)
-        return batch.failed
+            got = [(wish.entry.path, fetched) for wish, fetched in batch.done if fetched is not None]
+            self._manifest.set_bases((path, fetched.entry, fetched.stat) for path, fetched in got)
+        return len(got), batch.failed
 
-    def fetch_one(self, entry: IndexEntry) -> Fetched:
-        """In a worker: one file, atomically. Raises AbsentError, IntegrityError, StoreError or OSError."""
+    def _fetch_one(self, wish: _Download) -> Fetched | None:
+        """In a worker: one file, atomically; ``None`` if it was marked or written meanwhile, and so stays."""
+        entry = wish.entry
         staged = self._tree.stage()
         try:
             digest = self._download(entry, staged)
+            found = self._tree.stat(entry.path)
+            now = identity(found) if found is not None and stat.S_ISREG(found.st_mode) else ""
+            if now != wish.seen or self._book.was_marked(entry.path, wish.cut):
+                log.info("%s was changed here while it was downloaded: kept", entry.path)
+                return None
             found = self._tree.admit(staged, entry.path, entry.mtime_ns or time.time_ns())
             return Fetched(entry._replace(sha256=digest), found)
         finally:
             if os.path.lexists(staged):
                 os.unlink(staged)
+
+    async def hydrate(self, path: RelPath, marks: Marks) -> bool:
+        """One file; ``False`` if it does not exist. Local changes stay, as in a pull. Raises IntegrityError."""
+        row = self._manifest.row(path)
+        if row is None or row.entry is None:
+            row = await self._unlisted(path, row)
+        if row is None or row.entry is None:
+            return self._tree.stat(path) is not None
+        if path in marks.paths and self._tree.stat(path) is not None:
+            return True
+        plan = Plan([], {}, [], [], [], [], [])
+        self._plan_entry(row._replace(dangling=False), row.entry, marks, plan, lazy=False)
+        self._carry_out_locally(plan)
+        try:
+            await self._fetch(plan, marks.cut, None)
+        except TransferError as error:
+            raise error.failures[str(path)] from None
+        return self._tree.stat(path) is not None
+
+    async def _unlisted(self, path: RelPath, row: Row | None) -> Row | None:
+        """An object that no index names can be read all the same (spec §8.2)."""
+        try:
+            info = await self._parts.remote.head(self._parts.keys.data(path))
+        except AbsentError:
+            return None
+        base = row.base if row is not None else None
+        return Row(path, IndexEntry(path, info.size, info.last_modified), base, "", 0, dangling=False, parked=0)
+
+    async def _judge_parked(self) -> None:
+        """Our entry in ``_root`` is gone: the object decides whether somebody deleted the file (H6)."""
+        for row in self._manifest.lost_parked():
+            try:
+                await self._parts.remote.head(self._parts.keys.data(row.path))
+            except AbsentError:
+                self._manifest.drop_entries([row.path])
 
     def _download(self, entry: IndexEntry, staged: str) -> str:
         store, key = self._parts.remote.store, self._parts.keys.data(entry.path)

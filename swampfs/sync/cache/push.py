@@ -38,6 +38,7 @@ class Change(NamedTuple):
     entry: IndexEntry | None  # the index's word at the time
     base: IndexEntry | None
     partition: str | None
+    unseen: bool = False  # the entry is not what this cache had: others' content will be replaced
     when: Precondition = ALWAYS
 
 
@@ -60,11 +61,13 @@ class Prepared:
     unstable: list[RelPath] = field(default_factory=list)  # kept changing while they were read: still dirty (H26)
     scrub: bool = False
     current: bool = True  # the mirror of the index was compared as a whole
-    own_marks: list[tuple[str, int]] = field(default_factory=list)
+    own_marks: list[int] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)  # marked, and nothing is there yet
+    orphans: list[RelPath] = field(default_factory=list)  # sent earlier, never indexed, and gone here
 
     @property
     def is_empty(self) -> bool:
-        return not (self.sent or self.deletes or self.scrub)
+        return not (self.sent or self.deletes or self.scrub or self.orphans)
 
 
 class CachePusher:
@@ -121,7 +124,8 @@ class CachePusher:
         current = True
         if marks.walk_all:
             moved = (await self._parts.refresh()).moved
-            repair = self._manifest.fact("scrub") == "1" or self._manifest.dangling() or self._manifest.lost_parked()
+            scrub = self._manifest.fact("scrub") == "1"
+            repair = scrub or self._manifest.dangling() or self._manifest.lost_parked() or self._manifest.uploads()
             if not (marks.dirty or moved or repair):
                 return None
         else:
@@ -137,7 +141,7 @@ class CachePusher:
     def _compare(self, work: Candidates, prepared: Prepared) -> None:
         for path, found in work.files.items():
             row = self._manifest.row(path)
-            marked = path in prepared.marks.paths.paths
+            marked = path in prepared.marks.paths.exact
             untouched = row is not None and row.is_untouched(found)
             if untouched and not marked:
                 continue  # in step, or moved on there: for the next pull
@@ -145,10 +149,21 @@ class CachePusher:
                 prepared.changes[path] = Change(path, None, None, None)  # new: hashed when it is sent
             else:
                 self._compare_content(path, row, prepared, rewritten=marked and not untouched)
+        self._find_leftovers(prepared)
         for path in work.links:
             row, body = self._manifest.row(path), link_text(self._tree, path)
             if body is not None and (row is None or row.entry is None or row.entry.sha256 != _sha256(body)):
                 prepared.changes[path] = self._change(path, row)
+
+    def _find_leftovers(self, prepared: Prepared) -> None:
+        """Marks whose file is still to come, and objects of ours that no index will ever name."""
+        for path in prepared.marks.paths.paths:
+            if self._tree.stat(path) is None and next(self._manifest.rows(path), None) is None:
+                prepared.waiting.append(self._cache_path(path))
+        for path in self._manifest.uploads():
+            row = self._manifest.row(path)
+            if self._tree.stat(path) is None and (row is None or row.entry is None):
+                prepared.orphans.append(path)
 
     def _compare_content(self, path: RelPath, row: Row, prepared: Prepared, *, rewritten: bool) -> None:
         try:
@@ -162,9 +177,10 @@ class CachePusher:
         entry = row.entry
         verdict = judge(local, entry, row.base, rewritten=rewritten)
         if verdict is Verdict.PUSH:
-            prepared.changes[path] = self._change(path, row)
+            unseen = entry is not None and not (entry.same_content(row.base) if row.base else rewritten)
+            prepared.changes[path] = self._change(path, row)._replace(unseen=unseen)
         elif verdict is Verdict.SAME and entry is not None:
-            prepared.same.append((path, entry._replace(sha256=local.sha256), found))
+            prepared.same.append((path, entry, found))  # without a hash if the index has none: nothing proves it
 
     def _change(self, path: RelPath, row: Row | None) -> Change:
         partition = self._manifest.partition_of(path)
@@ -180,7 +196,8 @@ class CachePusher:
             changes = [change._replace(when=transaction.precondition(change.path)) for change in changes]
         if any(change.path not in prepared.marks.paths for change in changes):
             # From here on objects may be newer than their entries: until the commit all this must count as dirty.
-            prepared.own_marks.append(("", self._book.mark(None)))
+            prepared.own_marks.append(self._book.mark_unsettled())
+        self._manifest.note_uploads(change.path for change in changes)
         failed: list[tuple[str, Exception]] = []
         for markers in (False, True):
             group = [change for change in changes if is_latest_marker(change.path) is markers]
@@ -209,7 +226,7 @@ class CachePusher:
             content = self._content(change.path, staged)
             if content is None:
                 return None
-            if change.entry is not None and change.base is not None and not change.entry.same_content(change.base):
+            if change.entry is not None and change.unseen:
                 self._keep_loser(change, change.entry, content.sha256)
             info = self._parts.remote.store.put(self._parts.keys.data(change.path), content.body, change.when)
         except FileNotFoundError:
@@ -266,19 +283,27 @@ class CachePusher:
         delta = await transaction.commit(puts, deletes)
         await self._delete_objects(prepared, transaction, signal)
         if delta is not None:
-            await self._parts.remote.threads.write(Lane.DISK, self._manifest.apply, delta)
+            await self._parts.remote.threads.write(Lane.DISK, self._manifest.apply, delta, known)
         elif transaction.in_place:
             await self._parts.refresh()
         moved_on = self._manifest.watermark() != known
         prepared.current = transaction.in_place or (prepared.current and moved_on and delta is not None)
         self._manifest.set_bases((path, sent.entry, sent.stat) for path, sent in prepared.sent.items())
+        self._manifest.forget_uploads(prepared.sent)
         self._manifest.forget_bases(row.path for row in prepared.deletes)
         self._manifest.drop_entries([*(row.path for row in prepared.deletes), *gone])
-        if self._manifest.watermark().mode is IndexMode.SHARDS:
+        if not transaction.in_place:
             self._manifest.park(path for path in prepared.sent if partition_key(path) is None)
 
     def _check_unmoved(self, transaction: IndexTransaction, prepared: Prepared) -> None:
         """Nobody committed one of our paths since we decided on it; others' paths are merged."""
+        for row in prepared.deletes:
+            now = _entry_of(transaction, row.path)
+            if now is not None and now != row.entry:
+                raise ConflictingWriteError(
+                    f"{row.path} was committed by another machine after it was deleted here",
+                    remedy="it is still marked: pull, then push again",
+                )
         for path, sent in prepared.sent.items():
             decided, now = prepared.changes[path].entry, _entry_of(transaction, path)
             if now is None or now == decided or sent.entry.same_content(now):
@@ -293,22 +318,24 @@ class CachePusher:
     async def _delete_objects(
         self, prepared: Prepared, transaction: IndexTransaction, signal: AbortSignal | None
     ) -> None:
-        rows = prepared.deletes
-        if not rows:
+        paths = [*(row.path for row in prepared.deletes), *prepared.orphans]
+        if not paths:
             return
 
-        def remove(row: Row) -> None:
-            when = transaction.precondition(row.path)
+        def remove(path: RelPath) -> None:
+            when = transaction.precondition(path)
             try:
-                self._parts.remote.store.delete(self._parts.keys.data(row.path), ALWAYS if when.absent else when)
+                self._parts.remote.store.delete(self._parts.keys.data(path), ALWAYS if when.absent else when)
             except AbsentError:
                 return
 
-        batch = Batch(rows, remove, signal)
-        await batch.run(self._parts.remote.threads, Lane.PUSH, min(self._parts.push_width, len(rows)))
+        batch = Batch(paths, remove, signal)
+        await batch.run(self._parts.remote.threads, Lane.PUSH, min(self._parts.push_width, len(paths)))
         if batch.failed:
-            failures = [(str(row.path), error) for row, error in batch.failed]
-            raise transfer_error("delete", self._parts.remote.label, failures)
+            raise transfer_error(
+                "delete", self._parts.remote.label, [(str(path), error) for path, error in batch.failed]
+            )
+        self._manifest.forget_uploads(prepared.orphans)
 
     # --- healing ------------------------------------------------------------------------------------------
 
@@ -345,7 +372,7 @@ class CachePusher:
             and not prepared.marks.lazy
             and not self._manifest.pending()
         )
-        self._book.retire(prepared.marks, prepared.own_marks, watermark if complete else None)
+        self._book.retire(prepared.marks, prepared.own_marks, prepared.waiting, watermark if complete else None)
 
 
 def _entry_of(transaction: IndexTransaction, path: RelPath) -> IndexEntry | None:

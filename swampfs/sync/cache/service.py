@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from swampfs.errors import AbsentError, HostileNameError, IntegrityError, NamespaceError
+from swampfs.errors import HostileNameError, NamespaceError
 from swampfs.names import Keyspace, ModelRef, RelPath, check_namespace, is_internal, rel_path
 from swampfs.provider import (
     AbortSignal,
@@ -28,7 +28,6 @@ from swampfs.provider import (
     SyncCapabilities,
     SyncContext,
 )
-from swampfs.records import IndexEntry
 from swampfs.state.manifest import Manifest
 from swampfs.state.marks import MarkLog
 from swampfs.state.sidecar import Sidecar
@@ -44,7 +43,7 @@ from swampfs.sync.datastore_lock import HeldLocks
 from swampfs.sync.migrate import ShardWriter
 from swampfs.sync.namespaces import foreign_objects
 from swampfs.sync.remote import Remote
-from swampfs.threads import Lane, abort_signal
+from swampfs.threads import abort_signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class CacheSyncService:
         bound = self._bind(namespace)
         models = [ModelRef(model.type, model.id) for model in context.models] if context else []
         with _heeding(signal):
-            return await bound.puller.pull(models, bound.book.now().paths, signal, lazy=metadata_only)
+            return await bound.puller.pull(models, bound.book.now(), signal, lazy=metadata_only)
 
     async def push_changed(
         self,
@@ -168,32 +167,9 @@ class CacheSyncService:
             return False
         bound = self._current(None)
         with _heeding(signal):
-            if rel in bound.book.now().paths and bound.parts.tree.stat(rel) is not None:
-                return True  # changed here: the datastore's content must not replace it
             await bound.parts.refresh(lambda name: covers_path(name, rel))
-            return await self._hydrate(bound, rel)
-
-    async def _hydrate(self, bound: _Bound, rel: RelPath) -> bool:
-        row = bound.parts.manifest.row(rel)
-        found = bound.parts.tree.stat(rel)
-        if row is not None and row.is_in_step(found):
-            return True
-        try:
-            entry = row.entry if row is not None and row.entry is not None else await self._unlisted(bound, rel)
-            fetched = await bound.parts.remote.threads.read(Lane.HYDRATE, bound.puller.fetch_one, entry)
-        except AbsentError:
-            return False
-        except IntegrityError:
-            if not (await bound.parts.refresh(lambda name: covers_path(name, rel))).moved:
-                raise
-            return await self._hydrate(bound, rel)  # a commit came in between: what the index says now
-        bound.parts.manifest.set_bases([(rel, fetched.entry, fetched.stat)])
-        return True
-
-    async def _unlisted(self, bound: _Bound, rel: RelPath) -> IndexEntry:
-        """An object that no index names can be read all the same (spec §8.2). Raises AbsentError."""
-        info = await bound.parts.remote.head(bound.parts.keys.data(rel))
-        return IndexEntry(rel, info.size, info.last_modified)
+            bound.parts.tree.make()
+            return await bound.puller.hydrate(rel, bound.book.now())
 
     # --- namespaces ---------------------------------------------------------------------------------------
 
@@ -276,7 +252,7 @@ class CacheSyncService:
         pull_width, push_width = self._widths
         parts = CacheParts(self._remote, keys, index, tree, manifest, self._sidecar, pull_width, push_width)
         book = MarkBook(self._log, self._sidecar, self._root, namespace)
-        return _Bound(parts, book, CachePuller(parts), CachePusher(parts, book, self._held.check))
+        return _Bound(parts, book, CachePuller(parts, book), CachePusher(parts, book, self._held.check))
 
     def _inside(self, path: str) -> RelPath:
         """A cache-relative path as one of the namespace."""

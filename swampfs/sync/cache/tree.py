@@ -139,18 +139,19 @@ class CacheTree:
         except (FileExistsError, NotADirectoryError):
             self._clear_file_above(rel)
             os.makedirs(directory, exist_ok=True)
-        if os.path.realpath(directory) != os.path.join(os.path.realpath(self.root), directory[len(self.root) + 1 :]):
+        real = os.path.normpath(os.path.join(os.path.realpath(self.root), directory[len(self.root) + 1 :]))
+        if os.path.realpath(directory) != real:
             raise HostileNameError(f"{rel} lies behind a symbolic link in the cache {self.root}")
         self._safe.add(directory)
 
     def _clear_file_above(self, rel: str) -> None:
-        """A file became a directory in the datastore; the caller has made sure that it is not changed here."""
+        """A file became a directory in the datastore, and it is not the one that was known here: kept aside."""
         at = rel
         while "/" in at:
             at = at.rpartition("/")[0]
             found = self.stat(at)
             if found is not None and stat.S_ISREG(found.st_mode):
-                os.unlink(self.path(at))
+                self.keep_aside(at, self.path(at), {"why": "is a directory in the datastore"})
 
     def remove(self, rel: str) -> None:
         """Remove a file and the directories that it leaves empty."""

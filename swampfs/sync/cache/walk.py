@@ -38,17 +38,34 @@ def candidates(tree: CacheTree, manifest: Manifest, marks: Marks) -> Candidates:
             rows = (row for row in manifest.rows() if row.base is not None)
             found.missing.extend(_absent(tree, rows, found))
         for path in marks.paths.paths:
-            if not lazy and tree.stat(path) is None:
-                found.missing.extend(
-                    row for row in manifest.rows(path) if row.entry is not None or row.base is not None
-                )
+            _look_for_deletions(tree, manifest, path, found, complete=complete and not lazy)
     else:
         for path in marks.paths.paths:
             _look_at(tree, manifest, path, found, problems, lazy=lazy)
     for problem in problems:
         _report(tree, problem, found)
-    unique = {row.path: row for row in found.missing if not is_internal(row.path)}
+    unique = {row.path: row for row in found.missing if not is_internal(row.path) and _may_delete(row)}
     return found._replace(missing=list(unique.values()))
+
+
+def _may_delete(row: Row) -> bool:
+    """A deletion of what was known here does not take newer content of others with it (spec §7.3, H19)."""
+    if row.entry is None or row.base is None or row.entry.same_content(row.base):
+        return True
+    log.info("%s was deleted here and changed by another machine: kept", row.path)
+    return False
+
+
+def _look_for_deletions(tree: CacheTree, manifest: Manifest, path: str, found: Candidates, *, complete: bool) -> None:
+    """Of a marked path, when all files were walked anyway. A mark "anything" must not hide it (H19)."""
+    try:
+        status = tree.stat(path)
+    except OSError:
+        return
+    if complete and status is None:
+        found.missing.extend(manifest.rows(path))
+    elif complete and status is not None and stat.S_ISDIR(status.st_mode):
+        found.missing.extend(_absent(tree, (row for row in manifest.rows(path) if row.base is not None), found))
 
 
 def _look_at(
@@ -63,7 +80,7 @@ def _look_at(
     if status is None:
         if not lazy:
             # The contract: absence of a marked path is its deletion, and of all below it.
-            found.missing.extend(row for row in manifest.rows(path) if row.entry is not None or row.base is not None)
+            found.missing.extend(manifest.rows(path))
     elif stat.S_ISDIR(status.st_mode):
         before = len(problems)
         _take(tree.walk(path, problems), found)
