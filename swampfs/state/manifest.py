@@ -97,8 +97,13 @@ class Manifest:
         return map(_row, self.db.execute(sql, (below, low, high)))
 
     def pending(self, *, eager_only: bool = False) -> bool:
-        """Whether some entry of the index is not in step here; ``eager_only`` leaves out lazy content."""
+        """Whether some entry of the index is not in step here, or one that was is gone there.
+
+        ``eager_only`` leaves out lazy content.
+        """
         lazy = "lazy = 0 AND " if eager_only else ""
+        if self.db.execute("SELECT 1 FROM file WHERE partition IS NULL AND base_size IS NOT NULL LIMIT 1").fetchone():
+            return True
         return self.db.execute(f"SELECT 1 FROM file WHERE {lazy}{_PENDING} LIMIT 1").fetchone() is not None
 
     def dangling(self) -> list[RelPath]:
@@ -142,10 +147,27 @@ class Manifest:
 
     # --- uploads under way --------------------------------------------------------------------------------
 
-    def note_uploads(self, paths: Iterable[str]) -> None:
-        """About to be sent: should no commit follow, their objects are known to be nobody else's."""
+    def note_uploads(self, uploads: Iterable[tuple[RelPath, IndexEntry | None]]) -> None:
+        """About to be sent, to replace these entries: should no answer come, their objects are known as ours."""
+        rows = [(path, entry.last_modified if entry else "") for path, entry in uploads]
         with self._transaction():
-            self.db.executemany("INSERT OR IGNORE INTO upload VALUES (?)", [(path,) for path in paths])
+            self.db.executemany("INSERT OR REPLACE INTO upload VALUES (?, ?, NULL)", rows)
+
+    def note_sent(self, sent: Iterable[IndexEntry]) -> None:
+        """These bytes are in their objects now; whether a commit names them is not known yet."""
+        with self._transaction():
+            rows = [(entry.sha256, entry.path) for entry in sent]
+            self.db.executemany("UPDATE upload SET sha256 = ? WHERE path = ?", rows)
+
+    def was_overtaken(self, local: IndexEntry, entry: IndexEntry | None) -> bool:
+        """Whether this content was sent before, and another machine has committed its own since.
+
+        Ours may have been committed in between, the answer lost: publishing it now would revert theirs.
+        """
+        row = self.db.execute("SELECT over, sha256 FROM upload WHERE path = ?", (local.path,)).fetchone()
+        if row is None or entry is None or row[1] != local.sha256 or entry.sha256 == local.sha256:
+            return False
+        return bool(row[0] != entry.last_modified)
 
     def forget_uploads(self, paths: Iterable[str]) -> None:
         with self._transaction():

@@ -67,8 +67,13 @@ CREATE TABLE file (
     stat          TEXT,                               -- identity of the local file when it had that content
     stat_at       INTEGER                             -- and when that was seen, ns
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE upload (path TEXT PRIMARY KEY) STRICT;   -- sent or about to be, and not in the index yet
+CREATE TABLE upload (                                 -- sent or about to be, and not surely in the index yet
+    path   TEXT PRIMARY KEY,
+    over   TEXT NOT NULL,                             -- lastModified of the entry it is to replace; '' for none
+    sha256 TEXT                                       -- of what was sent, once it was
+) STRICT;
 CREATE INDEX file_partition ON file (partition) WHERE partition IS NOT NULL;
+CREATE INDEX file_removed ON file (lazy) WHERE partition IS NULL AND base_size IS NOT NULL;
 CREATE INDEX file_pending ON file (lazy) WHERE partition IS NOT NULL AND dangling = 0 AND (
     base_size IS NOT size OR CASE WHEN base_sha256 IS NOT NULL AND sha256 IS NOT NULL THEN base_sha256 <> sha256
                                   ELSE base_modified IS NOT modified END);

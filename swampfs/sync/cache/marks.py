@@ -136,17 +136,23 @@ class MarkBook:
         self._sidecar.mark_unsettled()
         return generation
 
-    def retire(self, marks: Marks, own: Sequence[int], waiting: Sequence[str], watermark: Watermark | None) -> None:
-        """What these marks, and those the push itself made, announced is committed.
+    def still_awaited(self, paths: Iterable[str]) -> set[str]:
+        """Of marks that a push found nothing for: the write they announce may be about to come, for a while."""
+        return self._log.young(paths, _PATIENCE_S)
 
-        ``waiting`` are marks that a push found nothing for. The write they announce may be about to come, so they stay
-        for a while. ``watermark`` only if the cache has every file of the index.
+    def retire(self, marks: Marks, own: Sequence[int], keep: Iterable[str], watermark: Watermark | None) -> None:
+        """What these marks, and those the push itself made, announced is committed; but for ``keep``.
+
+        ``watermark`` only if the cache has every file of the index.
         """
-        keep = marks.foreign | self._log.young(waiting, _PATIENCE_S)
+        kept = set(keep)
         later, _ = self._log.marked(marks.cut)
         newer = [path for path, generation in later.items() if generation not in own]
-        bulk_done = marks.paths.bulk and not (self._namespace and self._has_others())
         self._sidecar.retire(
-            marks.done - keep, newer[: MAX_PATHS + 1], watermark, timestamp(time.time_ns()), bulk_done=bulk_done
+            marks.done - kept,
+            [*newer, *sorted(kept - set(newer))][: MAX_PATHS + 1],
+            watermark,
+            timestamp(time.time_ns()),
+            bulk_done=marks.paths.bulk and not (self._namespace and self._has_others()),
         )
-        self._log.retire(marks.cut, own, keep=keep)
+        self._log.retire(marks.cut, own, keep=marks.foreign | kept)

@@ -119,13 +119,17 @@ class CachePuller:
     def _plan(self, models: Sequence[ModelRef], marks: Marks, *, lazy: bool) -> Plan:
         plan = Plan([], {}, [], [], [], [], [])
         for row in list(self._rows(models)):
-            if row.path in marks.paths or row.dangling:
+            if row.dangling or (row.path in marks.paths and not self._is_news(row, marks)):
                 continue
             if row.entry is None:
                 self._plan_removal(row, plan)
             else:
                 self._plan_entry(row, row.entry, marks, plan, lazy=lazy and is_lazy(row.path))
         return plan
+
+    def _is_news(self, row: Row, marks: Marks) -> bool:
+        """Whether a file in a marked directory was never here, so that the mark is of others beside it."""
+        return row.path not in marks.paths.exact and row.base is None and self._tree.stat(row.path) is None
 
     def _rows(self, models: Sequence[ModelRef]) -> Iterable[Row]:
         if not models:
@@ -322,4 +326,6 @@ def _is_same(found: os.stat_result, digest: str | None, entry: IndexEntry, base:
 
 
 def _is_pending(row: Row) -> bool:
-    return row.entry is not None and not row.dangling and not row.entry.same_content(row.base)
+    if row.entry is None:
+        return row.base is not None
+    return not row.dangling and not row.entry.same_content(row.base)

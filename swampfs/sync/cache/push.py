@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class Prepared:
     current: bool = True  # the mirror of the index was compared as a whole
     own_marks: list[int] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)  # marked, and nothing is there yet
+    held: list[str] = field(default_factory=list)  # marked, and not to be carried out yet
     orphans: list[RelPath] = field(default_factory=list)  # sent earlier, never indexed, and gone here
 
     @property
@@ -134,7 +136,8 @@ class CachePusher:
             current = refreshed.current
         work = await self._parts.remote.threads.read(Lane.DISK, candidates, self._tree, self._manifest, marks)
         scrub = self._manifest.fact("scrub") == "1"
-        prepared = Prepared(marks, deletes=work.missing, scrub=scrub, current=current)
+        held = [self._cache_path(path) for path in work.held]
+        prepared = Prepared(marks, deletes=work.missing, scrub=scrub, current=current, held=held)
         await self._parts.remote.threads.read(Lane.DISK, self._compare, work, prepared)
         return prepared
 
@@ -175,12 +178,23 @@ class CachePusher:
             return
         local, found = content
         entry = row.entry
+        if self._manifest.was_overtaken(local, entry):
+            self._give_way(path, local, found)
+            return
         verdict = judge(local, entry, row.base, rewritten=rewritten)
         if verdict is Verdict.PUSH:
             unseen = entry is not None and not (entry.same_content(row.base) if row.base else rewritten)
             prepared.changes[path] = self._change(path, row)._replace(unseen=unseen)
         elif verdict is Verdict.SAME and entry is not None:
             prepared.same.append((path, entry, found))  # without a hash if the index has none: nothing proves it
+
+    def _give_way(self, path: RelPath, local: IndexEntry, found: os.stat_result) -> None:
+        """Keep our bytes aside and let the next pull bring theirs: for it, this file is in step with what was."""
+        staged = self._tree.stage()
+        shutil.copyfile(self._tree.path(path), staged)
+        self._tree.keep_aside(path, staged, {"why": "another machine committed this path after it was sent from here"})
+        self._manifest.set_bases([(path, local, found)])
+        log.info("%s was committed by another machine after it was sent from here: ours is kept aside", path)
 
     def _change(self, path: RelPath, row: Row | None) -> Change:
         partition = self._manifest.partition_of(path)
@@ -197,7 +211,7 @@ class CachePusher:
         if any(change.path not in prepared.marks.paths for change in changes):
             # From here on objects may be newer than their entries: until the commit all this must count as dirty.
             prepared.own_marks.append(self._book.mark_unsettled())
-        self._manifest.note_uploads(change.path for change in changes)
+        self._manifest.note_uploads((change.path, change.entry) for change in changes)
         failed: list[tuple[str, Exception]] = []
         for markers in (False, True):
             group = [change for change in changes if is_latest_marker(change.path) is markers]
@@ -217,6 +231,7 @@ class CachePusher:
                 prepared.unstable.append(change.path)
             else:
                 prepared.sent[change.path] = sent
+        self._manifest.note_sent(sent.entry for sent in prepared.sent.values())
         return [(str(change.path), error) for change, error in batch.failed]
 
     def _upload_one(self, change: Change) -> Sent | None:
@@ -372,7 +387,8 @@ class CachePusher:
             and not prepared.marks.lazy
             and not self._manifest.pending()
         )
-        self._book.retire(prepared.marks, prepared.own_marks, prepared.waiting, watermark if complete else None)
+        keep = self._book.still_awaited(prepared.waiting) | set(prepared.held)
+        self._book.retire(prepared.marks, prepared.own_marks, keep, watermark if complete else None)
 
 
 def _entry_of(transaction: IndexTransaction, path: RelPath) -> IndexEntry | None:

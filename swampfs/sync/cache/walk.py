@@ -23,11 +23,12 @@ class Candidates(NamedTuple):
     files: dict[RelPath, os.stat_result]
     missing: list[Row]
     links: list[RelPath]  # old-style ``latest`` links, to be uploaded as text
+    held: list[str]  # marked paths whose deletions a lazy cache may not carry out: they stay marked
 
 
 def candidates(tree: CacheTree, manifest: Manifest, marks: Marks) -> Candidates:
     """Runs in a worker. Deletions are never inferred in a lazy cache, nor from a walk that missed anything (H4)."""
-    found = Candidates({}, [], [])
+    found = Candidates({}, [], [], [])
     problems: list[WalkProblem] = []
     lazy = marks.lazy
     if marks.walk_all:
@@ -44,8 +45,15 @@ def candidates(tree: CacheTree, manifest: Manifest, marks: Marks) -> Candidates:
             _look_at(tree, manifest, path, found, problems, lazy=lazy)
     for problem in problems:
         _report(tree, problem, found)
+    if lazy:
+        found.held.extend(path for path in marks.paths.paths if _lacks_something(tree, manifest, path))
     unique = {row.path: row for row in found.missing if not is_internal(row.path) and _may_delete(row)}
     return found._replace(missing=list(unique.values()))
+
+
+def _lacks_something(tree: CacheTree, manifest: Manifest, path: str) -> bool:
+    """Whether something at or below a marked path was here once and is gone."""
+    return any(row.base is not None and tree.stat(row.path) is None for row in manifest.rows(path))
 
 
 def _may_delete(row: Row) -> bool:
