@@ -14,6 +14,7 @@ import pytest
 
 from swampfs.testing.gcs_server import GcsServer
 from tests import seaweed
+from tests.caches import World
 from tests.harness import FIXTURES, Machine
 
 BUCKET = "swampfs-tests"
@@ -146,3 +147,12 @@ def reference() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A datastore in memory for library caches; nothing waits for its retries."""
+    monkeypatch.setattr("swampfs.backends.retry._sleep", lambda seconds: None)
+    monkeypatch.setattr("swampfs.sync.cache.parts._SHARD_PAUSE_S", 0.0)
+    monkeypatch.setattr("swampfs.sync.cache.pull._MISMATCH_PAUSE_S", 0.0)
+    return World(tmp_path)

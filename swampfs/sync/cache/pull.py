@@ -74,6 +74,9 @@ class CachePuller:
         if lazy:
             self._parts.sidecar.set_lazy(active=True)  # before anything is left out: absence must not mean deletion
         sidecar = self._parts.sidecar.load()
+        if sidecar is None and not self._tree.is_empty():
+            # Lost or damaged: what this cache holds may be unpushed, and a pull must not call it clean (lesson 15).
+            self._parts.sidecar.mark_bulk()
         if models:
             scopes = scope_partitions(models)
             moved = (await self._parts.refresh(lambda name: covers_model(name, scopes))).moved

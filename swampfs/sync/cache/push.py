@@ -161,11 +161,11 @@ class CachePusher:
     def _find_leftovers(self, prepared: Prepared) -> None:
         """Marks whose file is still to come, and objects of ours that no index will ever name."""
         for path in prepared.marks.paths.paths:
-            if self._tree.stat(path) is None and next(self._manifest.rows(path), None) is None:
+            if not os.path.lexists(self._tree.path(path)) and next(self._manifest.rows(path), None) is None:
                 prepared.waiting.append(self._cache_path(path))
         for path in self._manifest.uploads():
             row = self._manifest.row(path)
-            if self._tree.stat(path) is None and (row is None or row.entry is None):
+            if not os.path.lexists(self._tree.path(path)) and (row is None or row.entry is None):
                 prepared.orphans.append(path)
 
     def _compare_content(self, path: RelPath, row: Row, prepared: Prepared, *, rewritten: bool) -> None:
@@ -182,6 +182,8 @@ class CachePusher:
             self._give_way(path, local, found)
             return
         verdict = judge(local, entry, row.base, rewritten=rewritten)
+        if verdict is Verdict.PUSH and row.base is None and entry is not None and not prepared.marks.dirty:
+            return  # nobody announced a change, and nothing tells whose version is the older (H1)
         if verdict is Verdict.PUSH:
             unseen = entry is not None and not (entry.same_content(row.base) if row.base else rewritten)
             prepared.changes[path] = self._change(path, row)._replace(unseen=unseen)

@@ -70,6 +70,10 @@ class CacheTree:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def is_empty(self) -> bool:
+        """Whether no publishable file is here."""
+        return next(self.walk("", []), None) is None
+
     def walk(self, below: str, problems: list[WalkProblem]) -> Iterator[Found]:
         """Publishable files below a directory; what cannot be taken is noted, never guessed about."""
         try:

@@ -84,6 +84,7 @@ def _look_at(
         status = tree.stat(path)
     except OSError as error:
         log.warning("%s cannot be looked at, skipped: %s", path, error.strerror)
+        found.held.append(path)
         return
     if status is None:
         if not lazy:
