@@ -154,13 +154,9 @@ class CachePuller:
 
     def _plan_entry(self, row: Row, entry: IndexEntry, marks: Marks, plan: Plan, *, lazy: bool) -> None:
         found = self._tree.stat(row.path)
-        if found is None:
-            if lazy:
-                plan.directories.append(RelPath(row.path.rpartition("/")[0]))
-                if row.base is not None:
-                    plan.absent.append(row.path)
-            else:
-                plan.fetch.append(entry)
+        if found is None or stat.S_ISDIR(found.st_mode):
+            # In place of a directory, too: its files go first. If some stay, so does it, with an error.
+            self._plan_missing(row, entry, found, plan, lazy=lazy)
             return
         if row.is_untouched(found):
             if not entry.same_content(row.base):
@@ -172,13 +168,23 @@ class CachePuller:
         if _is_same(found, digest, entry, row.base):
             # Equal to an entry without a hash is a guess by size, unless what was in step proves it.
             plan.adopt.append((row.path, entry._replace(sha256=digest) if row.base else entry, found))
-        elif row.base is None and not marks.paths.bulk:
+        elif row.base is None and (marks.sidecar is None or not marks.paths.bulk):
             plan.aside.append(row.path)
             plan.fetch.append(entry)
         elif row.base is not None and digest == row.base.sha256:
             self._replace(row, entry, found, plan, lazy=lazy)
         else:
             log.info("%s was changed here without a mark: kept", row.path)
+
+    def _plan_missing(
+        self, row: Row, entry: IndexEntry, found: os.stat_result | None, plan: Plan, *, lazy: bool
+    ) -> None:
+        if not lazy:
+            plan.fetch.append(entry)
+        elif found is None:
+            plan.directories.append(RelPath(row.path.rpartition("/")[0]))
+            if row.base is not None:
+                plan.absent.append(row.path)
 
     def _replace(self, row: Row, entry: IndexEntry, found: os.stat_result, plan: Plan, *, lazy: bool) -> None:
         """Untouched here, moved on there. A metadata-only pull lets old lazy content go instead."""
