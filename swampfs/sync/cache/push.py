@@ -182,6 +182,8 @@ class CachePusher:
             self._give_way(path, local, found)
             return
         verdict = judge(local, entry, row.base, rewritten=rewritten)
+        if verdict is Verdict.SAME and entry is not None and entry.sha256 is None and path in prepared.marks.paths:
+            verdict = Verdict.PUSH  # announced, and the index has nothing to prove that it is there already
         if verdict is Verdict.PUSH and row.base is None and entry is not None and not prepared.marks.dirty:
             return  # nobody announced a change, and nothing tells whose version is the older (H1)
         if verdict is Verdict.PUSH:
