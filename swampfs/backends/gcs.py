@@ -152,8 +152,6 @@ class GcsStore:
             raise self._translate(operation, key, error) from None
         except (auth.RefreshError, auth.DefaultCredentialsError) as error:
             raise CredentialsError(f"{operation} {self.name} failed: {error}", remedy=_SIGN_IN) from None
-        except auth.InvalidOperation as error:  # asked to authenticate without credentials
-            raise AccessDeniedError(f"{operation} {self.name} was refused: {error}") from None
         except requests.Timeout:
             text = answer_text("GCS", operation, self._where(key), timed_out_ms=int(self._timeout_s * 1000))
             raise StoreUnreachableError(text) from None
