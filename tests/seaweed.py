@@ -72,7 +72,7 @@ class Server:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(10)
+            self.process.wait(3)  # it would wait for idle connections of clients; nothing here is to be kept
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

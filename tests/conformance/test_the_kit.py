@@ -158,7 +158,7 @@ class RacesOnCreate(MemoryStore):
         import time
 
         self._demand(key, when)
-        time.sleep(0.02)
+        time.sleep(0.02 if key.startswith("race/") else 0)
         return super().put(key, body)
 
 
