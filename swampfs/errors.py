@@ -98,6 +98,18 @@ class NotMountedError(MountError):
     remedy = "see `findmnt -t fuse.swampfs` for what is mounted"
 
 
+class SyncTimeoutError(SwampfsError):
+    """One direction of a sync took longer than it may. What was transferred stays, and what is marked stays marked."""
+
+    errno = _errno.ETIMEDOUT
+    retryable = True
+    remedy = "run it again: it goes on where it stopped; --timeout gives it longer"
+
+
+class SyncNotSupportedError(UsageError):
+    """A datastore that is used in place."""
+
+
 class PushPendingError(SwampfsError):
     """A wait for pushes ended before everything was committed. Nothing is lost: it is journaled."""
 

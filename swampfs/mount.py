@@ -29,6 +29,7 @@ from swampfs.fs.localtier import LocalTier
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.writeback import Writeback
+from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
 from swampfs.names import RelPath, rel_path
 from swampfs.settings import Backend, MountSettings
@@ -95,9 +96,9 @@ def check_mountpoint(settings: MountSettings) -> None:
     """Refuse a mount point that would hide somebody's files (``design/cli.md`` §2)."""
     mountpoint = settings.mountpoint
     own = settings.repo is not None and mountpoint == settings.repo.mountpoint
-    if session.is_stale(str(mountpoint)):
+    if mountpoints.is_stale(str(mountpoint)):
         log.info("clearing the mount a dead process left at %s", mountpoint)
-        session.clear_stale(str(mountpoint))
+        mountpoints.clear_stale(str(mountpoint))
     if own:
         mountpoint.mkdir(mode=0o755, exist_ok=True)
     if os.path.ismount(mountpoint):

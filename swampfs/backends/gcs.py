@@ -86,7 +86,7 @@ class GcsStore:
             except api.NotModified:
                 return None
             content = body.getvalue()
-            return Blob(content, ObjectInfo(key, len(content), str(blob.generation), ""))
+            return Blob(content, ObjectInfo(key, len(content), str(blob.generation or ""), ""))
 
         return self._call("get", key, read)
 
@@ -96,7 +96,7 @@ class GcsStore:
         def transfer() -> ObjectInfo:
             with open(target, "wb") as file:
                 blob.download_to_file(file, raw_download=True, checksum=None, **self._once)
-                return ObjectInfo(key, file.tell(), str(blob.generation), "")
+                return ObjectInfo(key, file.tell(), str(blob.generation or ""), "")
 
         return self._call("get", key, transfer)
 
@@ -167,7 +167,7 @@ class GcsStore:
         text = answer_text("GCS", operation, self._where(key), status=status, code=code, detail=detail, preview=preview)
         kind: type[StoreError] = StoreError
         if status == 404:
-            bucket = not key or operation == "list" or "bucket does not exist" in detail
+            bucket = not key or operation == "list" or "bucket does not exist" in detail + preview
             kind = BucketMissingError if bucket else AbsentError
         elif status in (304, 412):
             kind = PreconditionError

@@ -125,7 +125,7 @@ class S3Store:
         return self._call("get", key, read)
 
     def download(self, key: str, target: str) -> ObjectInfo:
-        with open(target, "wb", buffering=0) as file:
+        with open(target, "wb") as file:  # buffered: a raw write may be short when the disk is nearly full
             answer = self._wired("get", key, lambda wire: wire.get(key, {}, file))
             if answer is not None:
                 return _wire_info(key, answer, file.tell())
@@ -221,14 +221,10 @@ class S3Store:
 
     def _wired(self, operation: str, key: str, fn: Callable[[Wire], Answer]) -> Answer | None:
         """Do it the quick way. ``None``: do it through boto3 (which follows redirects to other regions)."""
-        if self._wire is None:
+        wire = self._wire
+        if wire is None:
             return None
-
-        def ask() -> Answer:
-            assert self._wire is not None
-            return fn(self._wire)
-
-        answer = self._call(operation, key, ask)
+        answer = self._call(operation, key, lambda: fn(wire))
         if answer.status < 300 or answer.status == 304:
             return answer
         if answer.status < 400:
@@ -358,7 +354,10 @@ def _condition(when: Precondition) -> dict[str, str]:
 
 def _wire_info(key: str, answer: Answer, size: int) -> ObjectInfo:
     modified = answer.headers.get("last-modified")
-    at = _timestamp(parsedate_to_datetime(modified)) if modified else _now()
+    try:
+        at = _timestamp(parsedate_to_datetime(modified)) if modified else _now()
+    except ValueError:
+        at = _now()
     return ObjectInfo(key, size, answer.headers.get("etag", "").strip('"'), at)
 
 

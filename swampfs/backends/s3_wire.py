@@ -8,6 +8,7 @@ here: :mod:`swampfs.backends.retry` decides.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -116,20 +117,28 @@ class Wire:
         if method == "PUT":
             head += f"content-length: {len(body)}\r\n"
         connection = self._connection()
+        refused = False
         try:
-            connection.socket.sendall(f"{head}\r\n".encode() + body)  # one send: no waiting in between
+            try:
+                connection.socket.sendall(f"{head}\r\n".encode() + body)  # one send: no waiting in between
+            except (BrokenPipeError, ConnectionResetError):
+                refused = True  # perhaps with an answer, before it had heard everything
             answer = _read(connection.reader, sink)
+            if refused and answer.status < 300:
+                raise ConnectionResetError("the connection was closed while the request was sent")
         except _SinkFailed as failure:
             connection.close()
             assert failure.__cause__ is not None
             raise failure.__cause__ from None
         except (ValueError, OSError) as error:
             connection.close()
+            _close_all(self._idle)  # most likely as dead as this one: the next attempt gets a fresh one
             raise Unanswered(f"{type(error).__name__}: {error}") from error
         except BaseException:
             connection.close()
             raise
-        if answer.headers.get("connection", "").lower() == "close" or "content-length" not in answer.headers:
+        stays = "content-length" in answer.headers and "close" not in answer.headers.get("connection", "").lower()
+        if refused or not stays:
             connection.close()
         else:
             self._idle.append((time.monotonic(), connection))
@@ -186,7 +195,8 @@ class Wire:
 
 def _close_all(idle: deque[tuple[float, _Connection]]) -> None:
     while idle:
-        idle.pop()[1].close()
+        with contextlib.suppress(IndexError):
+            idle.pop()[1].close()
 
 
 class _Connection:
@@ -206,13 +216,15 @@ class _Connection:
 
 def _read(reader: IO[bytes], sink: BinaryIO | None) -> Answer:
     """One response (RFC 9112): a body of known length, in chunks, or up to the end of the connection."""
-    line = reader.readline(_LINE)
-    if not line.startswith(b"HTTP/1.") or len(line) < 12:
-        raise _MalformedError(f"not a response: {line[:40]!r}" if line else "the connection was closed")
-    status = int(line[9:12])
-    headers = _read_headers(reader)
-    if 100 <= status < 200:
-        return _read(reader, sink)
+    status = 100
+    while 100 <= status < 200:
+        line = reader.readline(_LINE)
+        if not line.startswith(b"HTTP/1.") or len(line) < 12:
+            raise _MalformedError(f"not a response: {line[:40]!r}" if line else "the connection was closed")
+        status = int(line[9:12])
+        headers = _read_headers(reader)
+    if line.startswith(b"HTTP/1.0"):
+        headers["connection"] = "close"
     if status in (204, 304):
         return Answer(status, {"content-length": "0", **headers}, b"")
     if status >= 300:
@@ -240,7 +252,7 @@ def _read_headers(reader: IO[bytes]) -> dict[str, str]:
 
 
 def _pieces(reader: IO[bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
-    if headers.get("transfer-encoding", "").lower() == "chunked":
+    if headers.get("transfer-encoding", "").lower().endswith("chunked"):
         while size := int(reader.readline(_LINE).partition(b";")[0].strip() or b"-", 16):
             yield from _exactly(reader, size)
             reader.readline(_LINE)

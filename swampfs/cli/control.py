@@ -14,7 +14,7 @@ import click
 from swampfs import registry
 from swampfs.cli.mount import seconds
 from swampfs.errors import NotMountedError, SwampfsError
-from swampfs.fuse import session
+from swampfs.fuse import mountpoint as mountpoints
 
 _ANSWER_S = 10.0
 _EXIT_S = 15.0
@@ -49,18 +49,18 @@ def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
     """
     path = _where(mountpoint)
     if lazy:
-        session.unmount(str(path), lazy=True)
+        mountpoints.unmount(str(path), lazy=True)
         click.echo(f"detached {path}; its process ends with the last open file, and the journal keeps what is pending")
         return
-    if session.is_stale(str(path)):
-        session.clear_stale(str(path))
+    if mountpoints.is_stale(str(path)):
+        mountpoints.clear_stale(str(path))
         click.echo(f"cleared the mount a dead process left at {path}; mount it again to push what is journaled")
         return
     registration = registry.find(os.environ, path)
     if Path(registration.mountpoint) != path:
         raise NotMountedError(f"{path} is inside the mount at {registration.mountpoint}", remedy="name that directory")
     _ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
-    session.unmount(str(path))
+    mountpoints.unmount(str(path))
     _wait_for_exit(registration.pid)
 
 

@@ -11,6 +11,7 @@ import click
 from swampfs import __version__
 from swampfs.cli.control import flush, status, umount
 from swampfs.cli.mount import mount
+from swampfs.cli.sync import doctor, migrate_index, sync
 from swampfs.errors import EXIT_USAGE, SwampfsError
 
 
@@ -50,5 +51,5 @@ def version() -> None:
     click.echo(f"swampfs {__version__}")
 
 
-for command in (mount, umount, status, flush):
+for command in (mount, umount, status, flush, sync, migrate_index, doctor):
     main.add_command(command)

@@ -16,7 +16,6 @@ import click
 import trio
 from click.core import ParameterSource
 
-from swampfs import mount as mounting
 from swampfs.errors import EXIT_MOUNT, EXIT_SYSTEM, SettingsError, SwampfsError, UsageError
 from swampfs.settings import (
     MARKER,
@@ -113,6 +112,15 @@ def mount(ctx: click.Context, /, **flags: Any) -> None:
 def _serve(settings: MountSettings, on_ready: Any) -> None:
     """Run the mount; a failure to start ends with the mount exit code unless it has one of its own."""
     os.environ.pop(_READY_FD, None)
+    try:
+        from swampfs import mount as mounting
+    except ImportError as error:
+        if error.name != "pyfuse3":
+            raise
+        raise SettingsError(
+            "the part that mounts is not installed: there is no pyfuse3",
+            remedy="install fuse3 and libfuse3-dev, then `pip install 'swampfs[mount]'`",
+        ) from None
     try:
         trio.run(mounting.run, settings, dict(os.environ), on_ready)
     except SwampfsError as error:

@@ -11,20 +11,29 @@ from swampfs.backends.s3 import S3Store
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.provider import DatastoreType, ObjectStore
 from swampfs.schemas import FilesystemConfig, GcsConfig, S3Config, validate
-from swampfs.settings import Source, gcs_source, s3_source
+from swampfs.settings import Backend, Source, gcs_source, s3_source
 from swampfs.state.sidecar import GCS_FINGERPRINT, S3_FINGERPRINT
 
 
+def provider_of(source: Source) -> ObjectStoreProvider:
+    """The provider of a resolved source."""
+    if source.backend is Backend.FILESYSTEM:
+        return ObjectStoreProvider(
+            FilesystemStore(source.directory), FILESYSTEM.type, source.directory, is_directory=True
+        )
+    if source.backend is Backend.S3:
+        return _of_bucket(S3Store(source, connections=source.pull_concurrency), source, S3.type, S3_FINGERPRINT)
+    from swampfs.backends.gcs import GcsStore  # half a second of imports that S3 users do without
+
+    return _of_bucket(GcsStore(source, connections=source.pull_concurrency), source, GCS.type, GCS_FINGERPRINT)
+
+
 def _s3(config: Mapping[str, Any]) -> ObjectStoreProvider:
-    source = s3_source(config, S3.type, os.environ)
-    return _of_bucket(S3Store(source, connections=source.pull_concurrency), source, S3.type, S3_FINGERPRINT)
+    return provider_of(s3_source(config, S3.type, os.environ))
 
 
 def _gcs(config: Mapping[str, Any]) -> ObjectStoreProvider:
-    from swampfs.backends.gcs import GcsStore  # half a second of imports that S3 users do without
-
-    source = gcs_source(config, GCS.type, os.environ)
-    return _of_bucket(GcsStore(source, connections=source.pull_concurrency), source, GCS.type, GCS_FINGERPRINT)
+    return provider_of(gcs_source(config, GCS.type, os.environ))
 
 
 def _of_bucket(store: ObjectStore, source: Source, type_name: str, fingerprint_field: str) -> ObjectStoreProvider:

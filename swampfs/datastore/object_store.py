@@ -16,12 +16,15 @@ from swampfs.provider import (
     NamespaceManifest,
     ObjectStore,
     RemoteIndex,
+    ShardMap,
 )
 from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY
 from swampfs.state.sidecar import S3_FINGERPRINT
 from swampfs.sync.cache.service import CacheSyncService
 from swampfs.sync.datastore_lock import DatastoreLock, HeldLocks
+from swampfs.sync.examine import IndexReport, examine
 from swampfs.sync.listing import ListingIndex
+from swampfs.sync.migrate import ShardWriter
 from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.object_index import ObjectIndex
 from swampfs.sync.remote import Remote
@@ -109,6 +112,19 @@ class ObjectStoreProvider:
             two_phase=not self._is_directory,  # a file put into a directory is published
             widths=self._widths,
         )
+
+    async def examine_index(self, namespace: str) -> IndexReport:
+        """Compare a namespace's index with its objects. Writes nothing."""
+        return await examine(self._remote, self._keys._replace(namespace=namespace))
+
+    async def rebuild_index(self, namespace: str) -> ShardMap:
+        """Make the shards agree with the objects (version 2). The caller holds the namespace's global lock."""
+        self._held.check()
+        return await ShardWriter(self._remote, self._keys._replace(namespace=namespace)).migrate()
+
+    def global_lock_key(self, namespace: str) -> str:
+        """Without the prefix, as :class:`~swampfs.provider.LockOptions` wants it (spec §9.3)."""
+        return Keyspace("", namespace).global_lock
 
     def resolve_datastore_path(self, repo_dir: str) -> str:
         return self._place if self._is_directory else os.path.join(repo_dir, ".swamp")

@@ -159,6 +159,10 @@ class Manifest:
             rows = [(entry.sha256, entry.path) for entry in sent]
             self.db.executemany("UPDATE upload SET sha256 = ? WHERE path = ?", rows)
 
+    def was_sent(self, path: str) -> bool:
+        """Whether this cache sent the path's object and saw no commit name it."""
+        return self.db.execute("SELECT 1 FROM upload WHERE path = ?", (path,)).fetchone() is not None
+
     def was_overtaken(self, local: IndexEntry, entry: IndexEntry | None) -> bool:
         """Whether this content was sent before, and another machine has committed its own since.
 

@@ -7,6 +7,7 @@ entries and fields of other writers survive.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from swampfs.sync.remote import Remote
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 8
+_HEADS = 3  # shards whose ETags are asked for one by one; more are listed
 
 
 @dataclass(slots=True)
@@ -195,12 +197,15 @@ class Commit:
             return None
         listed = [name for name in self.documents if name in self.meta.partitions] if self.meta else []
         emptied = {name for name in {*touched, *listed} if not entries_of(self.documents[name].content, name)}
+        unlisted = self.documents.keys() - set(self.meta.partitions if self.meta else ()) - set(touched) - emptied
+        leftovers = [
+            self.documents[name] for name in sorted(unlisted) if await self._is_left_over(self.documents[name])
+        ]
         await self._write_meta(set(touched) - emptied, emptied)
-        for name in sorted(emptied):
-            # After meta stopped listing it: a crash in between leaves a readable index.
-            await self._discard(self.documents[name])
-        for name in sorted(self.documents.keys() - set(self.meta.partitions if self.meta else ()) - emptied):
-            await self._sweep(self.documents[name])
+        # After meta stopped listing them: a crash in between leaves a readable index. And only the versions seen
+        # before: who lists one of them again has written it first.
+        for document in (*(self.documents[name] for name in sorted(emptied)), *leftovers):
+            await self._discard(document)
         return self._delta_of_shards(touched, emptied, base_etag)
 
     async def _write(self, name: str, puts: Sequence[IndexEntry], deletes: Sequence[RelPath]) -> bool:
@@ -318,8 +323,13 @@ class Commit:
                 grouped.setdefault(name, {})[path] = raw
         paths = [entry.path for entry in puts] + list(deletes)
         dirty = {name for path in paths if (name := partition_key(path)) is not None}
-        for name in sorted(set(grouped) if self.meta is None else dirty & set(grouped)):
-            await self.remote.put(self.keys.shard(name), encode_document(new_shard(grouped[name])))
+        names = sorted(set(grouped) if self.meta is None else dirty & set(grouped))
+        etags = await self._shard_etags(names)
+        await self._reread_meta()  # looked at after the shards: what a migration has written since is not replaced
+        for name in names:
+            key = self.keys.shard(name)
+            when = matching(etags[key]) if key in etags else ABSENT
+            await self.remote.put(key, encode_document(new_shard(grouped[name])), when)
         old = self.meta.partitions if self.meta else ()
         if not grouped or set(old) == set(grouped):
             return self.meta_etag
@@ -332,14 +342,22 @@ class Commit:
             await self.remote.delete(self.keys.shard(name))
         return info.etag
 
-    async def _sweep(self, document: _Document) -> None:
-        """Remove a shard that nothing lists: of a commit that died before its meta, or before its clean-up."""
+    async def _shard_etags(self, names: Sequence[str]) -> dict[str, str]:
+        if len(names) > _HEADS:
+            return {info.key: info.etag for info in await self.remote.list(self.keys.shards)}
+        etags = {}
+        for name in names:
+            with contextlib.suppress(AbsentError):
+                etags[self.keys.shard(name)] = (await self.remote.head(self.keys.shard(name))).etag
+        return etags
+
+    async def _is_left_over(self, document: _Document) -> bool:
+        """Whether a shard that nothing lists exists: of a commit that died before its meta, or before its clean-up."""
         try:
-            info = await self.remote.head(document.key)
+            document.etag = (await self.remote.head(document.key)).etag
         except AbsentError:
-            return
-        document.etag = info.etag
-        await self._discard(document)
+            return False
+        return True
 
     async def _discard(self, document: _Document) -> None:
         try:

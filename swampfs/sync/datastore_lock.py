@@ -5,6 +5,7 @@ The heartbeat is a system task of the trio loop, so a lock can be held across ca
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -17,6 +18,10 @@ from swampfs.sync.locks import Lock
 from swampfs.sync.remote import Remote
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_GIVE_BACK_S = 10.0
 
 
 class HeldLocks:
@@ -65,14 +70,28 @@ class DatastoreLock:
         return False
 
     async def acquire(self) -> None:
-        await self._lock.acquire()
+        if self._beating is not None:  # acquired before, and lost
+            await self.release()
+        try:
+            await self._lock.acquire()
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True), trio.move_on_after(_GIVE_BACK_S):
+                await self._lock.abandon()  # the put may have been applied all the same
+            raise
         scope = trio.CancelScope()
         self._beating = scope
         self._held.add(self._lock)
 
         async def beat() -> None:
             with scope:
-                await self._lock.heartbeat()
+                try:
+                    await self._lock.heartbeat()
+                except trio.Cancelled:
+                    if not scope.cancel_called:  # the loop ends, and with it what this lock was held for
+                        self._held.discard(self._lock)
+                    raise
+                except Exception:  # a system task that fails takes the whole loop down
+                    log.exception("the heartbeat of %s ended", self._lock.key)
 
         trio.lowlevel.spawn_system_task(beat)
 

@@ -109,6 +109,7 @@ class Lock:
         self._note = note
         self._etag = ""
         self._nonce: str | None = None
+        self._wanted = ""  # of the acquisition last begun
         self._renewed = 0.0
         # Shared by the locks of one datastore: a short wait must not start the TTL of a dead holder anew.
         self._sightings: MutableMapping[str, Sighting] = {} if sightings is None else sightings
@@ -127,7 +128,7 @@ class Lock:
     async def acquire(self) -> None:
         """Raises LockTimeoutError after ``max_wait_s``, StoreError if the store does not answer."""
         started = self._clock()
-        nonce = str(uuid.uuid4())
+        nonce = self._wanted = str(uuid.uuid4())
         self._note(self.key, nonce)
         pause = FIRST_RETRY_S
         while True:
@@ -155,6 +156,12 @@ class Lock:
         except StoreError as error:
             log.info("lock %s stays until its TTL: %s", self.key, error)
         self._note(self.key, None)
+
+    async def abandon(self) -> None:
+        """An acquisition was cancelled: if it had succeeded all the same, give the lock back."""
+        with contextlib.suppress(StoreError):
+            if await self._adopt(self._wanted):
+                await self.release()
 
     async def inspect(self) -> LockInfo | None:
         found = await self._inspect()

@@ -6,6 +6,7 @@ written, readers see the index as it was.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class ShardWriter:
         blob, meta = await self._meta()
         if meta is not None and meta.mode is IndexMode.SHARDS:
             return await self.rebuild(blob, meta)
+        found = await self._shard_etags()
         entries = await self._monolith_entries()
         if entries is None:
             return await self._from_shard_listing(blob)
@@ -63,13 +65,14 @@ class ShardWriter:
             raise UnpartitionableError(
                 f"{len(homeless)} of {len(entries)} entries have no partition: {', '.join(homeless[:_NAMED])}{more}"
             )
-        return await self._write(entries, blob, seq=1)
+        return await self._write(entries, blob, found, seq=1)
 
     async def rebuild(self, blob: Blob | None, meta: Meta | None) -> ShardMap:
         """Shards that agree with the objects: entries of objects that exist, and hash-less ones for the others.
 
         What has no partition is parked in ``_root`` (H6).
         """
+        found = await self._shard_etags()
         known: dict[RelPath, Any] = {}
         for name in meta.partitions if meta and meta.mode is IndexMode.SHARDS else ():
             known.update(await self._shard(name))
@@ -79,7 +82,7 @@ class ShardWriter:
             raw = known.get(entry.path)
             same = isinstance(raw, dict) and raw.get("size") == entry.size
             entries[entry.path] = raw if same else encode_entry(entry)
-        return await self._write(entries, blob, seq=(meta.commit_seq if meta else 0) + 1)
+        return await self._write(entries, blob, found, seq=(meta.commit_seq if meta else 0) + 1)
 
     async def remove_foreign(self, keys: Sequence[str], heads: Collection[str]) -> int:
         """Delete objects that are another namespace's, after the index stopped naming them; returns how many.
@@ -158,20 +161,40 @@ class ShardWriter:
 
     # --- writing ------------------------------------------------------------------------------------------
 
-    async def _write(self, entries: Mapping[RelPath, Any], blob: Blob | None, *, seq: int) -> ShardMap:
+    async def _shard_etags(self) -> dict[str, str]:
+        """Every shard there is, as it was before its entries were read: what has changed since is not replaced."""
+        return {
+            info.key: info.etag for info in await self._remote.list(self._keys.shards) if info.key.endswith(".json")
+        }
+
+    async def _write(
+        self, entries: Mapping[RelPath, Any], blob: Blob | None, found: Mapping[str, str], *, seq: int
+    ) -> ShardMap:
         shards: dict[str, dict[str, Any]] = {}
         for path, raw in entries.items():
             shards.setdefault(home_partition(path), {})[path] = raw
 
         async def put(name: str) -> None:
-            await self._remote.put(self._keys.shard(name), encode_document(new_shard(shards[name])))
+            key = self._keys.shard(name)
+            when = matching(found[key]) if key in found else ABSENT
+            try:
+                await self._remote.put(key, encode_document(new_shard(shards[name])), when)
+            except PreconditionError:
+                raise self._overtaken(key) from None
 
         errors = await for_each(sorted(shards), put, at_once=_SHARDS_AT_ONCE)
         if errors:
             raise errors[0]
         written = await self._write_meta(tuple(shards), blob, seq)
-        await self._sweep(set(shards))
+        for key in found.keys() - {self._keys.shard(name) for name in shards} - {self._keys.meta}:
+            with contextlib.suppress(PreconditionError, AbsentError):  # somebody needs it again
+                await self._remote.delete(key, matching(found[key]))
         return written
+
+    def _overtaken(self, key: str) -> ConflictingWriteError:
+        return ConflictingWriteError(
+            f"{key} was written by another machine meanwhile", remedy="take the global lock, then try again"
+        )
 
     async def _write_meta(self, names: tuple[str, ...], blob: Blob | None, seq: int) -> ShardMap:
         body = encode_meta(Meta(IndexMode.SHARDS, names, seq))
@@ -179,16 +202,6 @@ class ShardWriter:
         try:
             await self._remote.put(self._keys.meta, body, when)
         except PreconditionError:
-            raise ConflictingWriteError(
-                f"{self._keys.meta} was written by another machine meanwhile",
-                remedy="take the global lock, then migrate again",
-            ) from None
+            raise self._overtaken(self._keys.meta) from None
         written = decode_meta(body, self._keys.meta)
         return ShardMap(2, written.partitions, seq)
-
-    async def _sweep(self, listed: set[str]) -> None:
-        """Shards that nothing lists any more."""
-        keep = {self._keys.shard(name) for name in listed} | {self._keys.meta}
-        for info in await self._remote.list(self._keys.shards):
-            if info.key not in keep and info.key.endswith(".json"):
-                await self._remote.delete(info.key)

@@ -146,7 +146,7 @@ class MarkBook:
         ``watermark`` only if the cache has every file of the index.
         """
         kept = set(keep)
-        later, _ = self._log.marked(marks.cut)
+        later, seen = self._log.marked(marks.cut)
         newer = [path for path, generation in later.items() if generation not in own]
         self._sidecar.retire(
             marks.done - kept,
@@ -155,4 +155,7 @@ class MarkBook:
             timestamp(time.time_ns()),
             bulk_done=marks.paths.bulk and not (self._namespace and self._has_others()),
         )
+        for path in self._log.marked(seen)[0]:
+            # Marked by another process between our two looks: its sidecar write may have come before ours.
+            self._sidecar.mark_path(path) if path else self._sidecar.mark_bulk()
         self._log.retire(marks.cut, own, keep=marks.foreign | kept)

@@ -6,6 +6,7 @@ after its size and hash were verified. A pull writes nothing to the datastore.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -132,7 +133,9 @@ class CachePuller:
 
     def _is_news(self, row: Row, marks: Marks) -> bool:
         """Whether a file in a marked directory was never here, so that the mark is of others beside it."""
-        return row.path not in marks.paths.exact and row.base is None and self._tree.stat(row.path) is None
+        if row.path in marks.paths.exact or row.base is not None or self._manifest.was_sent(row.path):
+            return False
+        return self._tree.stat(row.path) is None
 
     def _rows(self, models: Sequence[ModelRef]) -> Iterable[Row]:
         if not models:
@@ -262,6 +265,8 @@ class CachePuller:
             digest = self._download(entry, staged)
             found = self._tree.stat(entry.path)
             now = identity(found) if found is not None and stat.S_ISREG(found.st_mode) else ""
+            if os.stat(staged).st_size != entry.size:
+                raise OSError(errno.ENOSPC, "the cache's disk took only a part of it")
             if now != wish.seen or self._book.was_marked(entry.path, wish.cut):
                 log.info("%s was changed here while it was downloaded: kept", entry.path)
                 return None
@@ -312,7 +317,7 @@ class CachePuller:
             blob = store.get(key)
             assert blob is not None
             size, digest = len(blob.body), hashlib.sha256(blob.body).hexdigest()
-            with open(staged, "xb", buffering=0) as file:
+            with open(staged, "xb") as file:  # buffered: a raw write may be short when the disk is nearly full
                 file.write(blob.body)
         else:
             store.download(key, staged)

@@ -25,6 +25,7 @@ class Batch(Generic[T, R]):
         self._signal = signal
         self._lock = threading.Lock()
         self._unreached = 0
+        self._stopped = False
         self.done: list[tuple[T, R]] = []
         self.failed: list[tuple[T, Exception]] = []
 
@@ -34,14 +35,23 @@ class Batch(Generic[T, R]):
         def work() -> None:
             self._work(give_up_after=width)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(width):
-                nursery.start_soon(threads.write, lane, work)
+        async def watch() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._stopped = True  # threads cannot be cancelled: each ends with the file it has
+
+        async with trio.open_nursery() as watching:
+            watching.start_soon(watch)
+            async with trio.open_nursery() as nursery:
+                for _ in range(width):
+                    nursery.start_soon(threads.write, lane, work)
+            watching.cancel_scope.cancel()
         if self._signal is not None:
             self._signal.check()
 
     def _work(self, give_up_after: int) -> None:
-        while not (self._signal is not None and self._signal.aborted):
+        while not (self._stopped or (self._signal is not None and self._signal.aborted)):
             with self._lock:
                 item = next(self._items, None)
             if item is None:

@@ -47,7 +47,7 @@ def candidates(tree: CacheTree, manifest: Manifest, marks: Marks) -> Candidates:
         _report(tree, problem, found)
     if lazy:
         found.held.extend(path for path in marks.paths.paths if _lacks_something(tree, manifest, path))
-    unique = {row.path: row for row in found.missing if not is_internal(row.path) and _may_delete(row)}
+    unique = {row.path: row for row in found.missing if not is_internal(row.path) and _may_delete(row, manifest)}
     return found._replace(missing=list(unique.values()))
 
 
@@ -56,10 +56,12 @@ def _lacks_something(tree: CacheTree, manifest: Manifest, path: str) -> bool:
     return any(row.base is not None and tree.stat(row.path) is None for row in manifest.rows(path))
 
 
-def _may_delete(row: Row) -> bool:
+def _may_delete(row: Row, manifest: Manifest) -> bool:
     """A deletion of what was known here does not take newer content of others with it (spec §7.3, H19)."""
     if row.entry is None or row.base is None or row.entry.same_content(row.base):
         return True
+    if row.entry.sha256 is None and manifest.was_sent(row.path):
+        return True  # our own uncommitted object, which a listing brought into the index
     log.info("%s was deleted here and changed by another machine: kept", row.path)
     return False
 

@@ -1,0 +1,354 @@
+"""Commands without a mount: ``sync``, ``migrate-index``, ``doctor``. Beside a mount, ``sync`` goes through it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from swampfs import registry
+from swampfs.datastore.object_store import ObjectStoreProvider
+from swampfs.datastore.repository import OpenDatastore, open_for_command
+from swampfs.errors import AbortedError, NotMountedError, SwampfsError, SyncNotSupportedError, SyncTimeoutError
+from swampfs.names import Keyspace
+from swampfs.provider import AbortSignal, DatastoreSyncService, LockOptions
+from swampfs.records import IndexMode
+from swampfs.sync.examine import IndexReport
+
+_DEFAULT_TIMEOUT_S = 300.0
+_MOUNT_ANSWER_S = 30.0
+_SHOWN = 5
+
+_source = click.argument("source", required=False)
+_namespace = click.option("--namespace", envvar="SWAMPFS_NAMESPACE", default="", help="Bind one namespace.")
+_json = click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
+_cache = click.option("--cache", type=click.Path(path_type=Path), help="Cache directory.  [default: the repository's]")
+
+
+@click.command()
+@_source
+@click.option("--pull", "mode", flag_value="pull", help="Only fetch what others changed.")
+@click.option("--push", "mode", flag_value="push", help="Only publish what was changed here.")
+@click.option("--dry-run", is_flag=True, help="Say what a push would do, and do nothing.")
+@click.option(
+    "--timeout", type=click.FloatRange(1, 21600), help="Longest for each direction, in seconds.  [default: 300]"
+)
+@_namespace
+@_cache
+@_json
+def sync(
+    *,
+    source: str | None,
+    mode: str | None,
+    dry_run: bool,
+    timeout: float | None,
+    namespace: str,
+    cache: Path | None,
+    as_json: bool,
+) -> None:
+    """Synchronise a repository's cache with its datastore, once.
+
+    SOURCE is a repository directory (default: the one here), or a URL with --cache. Without --pull or --push it does
+    both. A push takes the global lock; a pull takes none.
+
+    \b
+    Example: swampfs sync ~/repo
+    """
+    datastore = open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=cache)
+    if datastore.is_directory:
+        raise SyncNotSupportedError(
+            "sync_not_supported: a directory datastore is used in place", remedy="there is nothing to synchronise"
+        )
+    mount = _mount_of(datastore)
+    if mount is not None and cache is None:
+        answer = _through_mount(mount, mode or "sync")
+    else:
+        service = datastore.provider.create_sync_service(_repo_dir(datastore), str(datastore.cache_path))
+        run = partial(_preview if dry_run else _sync, datastore, service, mode or "sync", _timeout_s(timeout))
+        answer = trio.run(run)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    if dry_run:
+        summary = answer["summary"]
+        click.echo(f"would push {summary['new']} new, {summary['changed']} changed, {summary['deleted']} deleted")
+        return
+    words = [f"{answer[name]} file(s) {verb}" for name, verb in (("filesPulled", "pulled"), ("filesPushed", "pushed"))
+             if name in answer]  # fmt: skip
+    click.echo(", ".join(words) or "done through the mount")
+
+
+@click.command("migrate-index")
+@_source
+@_namespace
+@_json
+def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
+    """Divide the datastore's one index file into shards; a sharded one is completed from its objects.
+
+    Every writer of this datastore must know shards (swamp since July 2026). There is no way back.
+
+    \b
+    Example: swampfs migrate-index ~/repo
+    """
+    datastore = open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=Path(os.devnull))
+    provider = _own(datastore, "migrate-index")
+
+    async def migrate() -> dict[str, Any]:
+        shards = await _locked(datastore, partial(provider.rebuild_index, datastore.namespace))
+        return {"version": shards.version, "partitions": list(shards.partitions), "commitSeq": shards.commit_seq}
+
+    answer = trio.run(migrate)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    else:
+        click.echo(
+            f"index version {answer['version']}: {len(answer['partitions'])} shards, commit {answer['commitSeq']}"
+        )
+
+
+@click.command()
+@_source
+@click.option("--repair", is_flag=True, help="Mend what can be mended: index shards, foreign objects.")
+@_namespace
+@_json
+def doctor(source: str | None, repair: bool, namespace: str, as_json: bool) -> None:
+    """Examine environment, datastore, index and cache. Exit code 1 if something is wrong.
+
+    \b
+    Example: swampfs doctor ~/repo
+    """
+    datastore = open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=None if source is None or
+                                 "://" not in source else Path(os.devnull))  # fmt: skip
+    answer = trio.run(_examine, datastore, repair)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    else:
+        for finding in answer["healthFindings"]:
+            click.echo(f"{'ok  ' if finding['passed'] else 'FAIL'}  {finding['check']:12} {finding['message']}")
+        for line in answer["repairs"]:
+            click.echo(f"      repaired     {line}")
+    sys.exit(0 if answer["overallStatus"] == "pass" else 1)
+
+
+# --- sync --------------------------------------------------------------------------------------------------
+
+
+async def _sync(datastore: OpenDatastore, service: DatastoreSyncService, mode: str, timeout_s: float) -> dict[str, Any]:
+    answer: dict[str, Any] = {"mode": mode}
+    namespace = datastore.namespace or None
+    if mode != "push":
+        pull = partial(service.pull_changed, namespace=namespace, metadata_only=datastore.lazy)
+        answer["filesPulled"] = await _within(timeout_s, "pull", datastore, pull)
+    if mode != "pull":
+
+        async def push(signal: AbortSignal) -> Any:
+            return await _locked(datastore, partial(service.push_changed, namespace=namespace, signal=signal))
+
+        answer["filesPushed"] = await _within(timeout_s, "push", datastore, push)
+    return answer
+
+
+async def _preview(
+    datastore: OpenDatastore, service: DatastoreSyncService, mode: str, timeout_s: float
+) -> dict[str, Any]:
+    preview = partial(service.preview_push, namespace=datastore.namespace or None)
+    found = await _within(timeout_s, "push", datastore, preview)
+    return {"mode": "push", "summary": found._asdict(), "pushed": False}
+
+
+async def _within(
+    timeout_s: float, direction: str, datastore: OpenDatastore, call: Callable[..., Awaitable[Any]]
+) -> Any:
+    """Run a call that heeds a signal; raise it when the time is over."""
+    signal = AbortSignal()
+
+    async def watch() -> None:
+        await trio.sleep(timeout_s)
+        signal.abort("too slow")
+
+    result = None
+    failure: SwampfsError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            result = await call(signal=signal)
+        except SwampfsError as error:  # re-raised below: the nursery would wrap it in a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if isinstance(failure, AbortedError):
+        raise SyncTimeoutError(f"{datastore.type} {direction} did not end within {int(timeout_s * 1000)}ms")
+    if failure is not None:
+        raise failure
+    return result
+
+
+async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
+    """Under the namespace's global lock, as swamp pushes (spec §9.4). Raises LockTimeoutError."""
+    wait = os.environ.get("SWAMP_LOCK_TIMEOUT_MS", "")
+    patience = {"max_wait_ms": int(wait)} if wait.isdigit() and int(wait) > 0 else {}
+    options = LockOptions(lock_key=Keyspace("", datastore.namespace).global_lock, **patience)
+    lock = datastore.provider.create_lock(datastore.provider.resolve_datastore_path(_repo_dir(datastore)), options)
+    return await lock.with_lock(fn)
+
+
+def _timeout_s(given: float | None) -> float:
+    """Spec §9.4: flag, environment, default; nonsense in the environment is ignored."""
+    if given is not None:
+        return given
+    text = os.environ.get("SWAMP_DATASTORE_SYNC_TIMEOUT_MS", "")
+    return int(text) / 1000 if text.isdigit() and int(text) > 0 else _DEFAULT_TIMEOUT_S
+
+
+def _repo_dir(datastore: OpenDatastore) -> str:
+    return str(datastore.repo.directory if datastore.repo is not None else Path.cwd())
+
+
+def _own(datastore: OpenDatastore, what: str) -> ObjectStoreProvider:
+    if not isinstance(datastore.provider, ObjectStoreProvider) or datastore.is_directory:
+        raise SyncNotSupportedError(f"{what} is for object stores; {datastore.type} has no index of this kind")
+    return datastore.provider
+
+
+def _mount_of(datastore: OpenDatastore) -> registry.Registration | None:
+    if datastore.repo is None:
+        return None
+    try:
+        return registry.find(os.environ, datastore.repo.mountpoint)
+    except NotMountedError:
+        return None
+
+
+def _through_mount(mount: registry.Registration, mode: str) -> dict[str, Any]:
+    """The mount has the same datastore open: it refreshes and pushes, so nothing is done twice."""
+    answer: dict[str, Any] = {"mode": mode, "through": mount.mountpoint}
+    for direction, command in (("push", "flush"), ("pull", "refresh")):
+        if mode in (direction, "sync"):
+            reply = registry.request(mount, {"cmd": command, "timeout": _MOUNT_ANSWER_S}, _MOUNT_ANSWER_S + 10)
+            if "error" in reply:
+                raise SwampfsError(str(reply["error"]))
+    return answer
+
+
+# --- doctor ------------------------------------------------------------------------------------------------
+
+
+async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
+    findings = [_fuse(), *_mounts(), *_extensions(datastore)]
+    health = await datastore.provider.create_verifier().verify()
+    findings.append(_finding("health", health.message, passed=health.healthy))
+    repairs: list[str] = []
+    contamination = None
+    provider = datastore.provider
+    if health.healthy and isinstance(provider, ObjectStoreProvider) and not datastore.is_directory:
+        try:
+            report = await provider.examine_index(datastore.namespace)
+            if repair and not report.sound and report.mode is IndexMode.SHARDS:
+                shards = await _locked(datastore, partial(provider.rebuild_index, datastore.namespace))
+                repairs.append(f"index rebuilt from the objects: {len(shards.partitions)} shards")
+                report = await provider.examine_index(datastore.namespace)
+            findings.append(_finding("index", _index_text(report), passed=report.sound))
+        except SwampfsError as error:
+            findings.append(_finding("index", error.line(), passed=False))
+        if datastore.namespace:
+            contamination = await _contamination(datastore, repairs, repair=repair)
+            if contamination is not None:
+                findings.append(_finding("namespace", f"objects of {contamination} inside it", passed=False))
+    findings.extend(_caches(datastore))
+    passed = all(finding["passed"] for finding in findings)
+    return {
+        "overallStatus": "pass" if passed else "fail",
+        "datastoreType": datastore.type,
+        "isCustom": datastore.is_custom,
+        "healthFindings": findings,
+        "contaminationFinding": contamination,
+        "repairs": repairs,
+    }
+
+
+def _finding(check: str, message: str, *, passed: bool) -> dict[str, Any]:
+    return {"check": check, "passed": passed, "message": message}
+
+
+def _fuse() -> dict[str, Any]:
+    if not os.path.exists("/dev/fuse"):
+        return _finding("fuse", "there is no /dev/fuse: load the kernel's fuse module to mount", passed=False)
+    if shutil.which("fusermount3") is None:
+        return _finding("fuse", "fusermount3 is missing: install fuse3 to mount", passed=False)
+    return _finding("fuse", "this machine can mount", passed=True)
+
+
+def _mounts() -> list[dict[str, Any]]:
+    found = []
+    for mount in registry.registrations(os.environ):
+        try:
+            status = registry.request(mount, {"cmd": "status"}, 5.0)
+        except NotMountedError as error:
+            found.append(_finding("mount", error.line(), passed=False))
+            continue
+        problem = status.get("lastError")
+        text = f"{mount.mountpoint}: {problem or 'healthy'}, {status.get('dirty')} change(s) to push"
+        found.append(_finding("mount", text, passed=problem is None))
+    return found
+
+
+def _extensions(datastore: OpenDatastore) -> list[dict[str, Any]]:
+    return [_finding("extension", f"{broken.origin}: {broken.reason}", passed=False) for broken in datastore.broken]
+
+
+def _index_text(report: IndexReport) -> str:
+    text = f"{report.mode.value}, {report.entries} entries"
+    if report.mode is IndexMode.SHARDS:
+        text += f", commit {report.commit_seq}"
+    for paths, what in (
+        (report.broken, "document(s) missing or unreadable"),
+        (report.dangling, "entries without an object"),
+        (report.differing, "objects of another size"),
+        (report.unlisted, "objects without an entry"),
+        (report.stray, "shards that nothing lists"),
+    ):
+        if paths:
+            text += f"; {len(paths)} {what}, such as {', '.join(paths[:_SHOWN])}"
+    return text + (f"; {report.skipped} unusable entries" if report.skipped else "")
+
+
+async def _contamination(datastore: OpenDatastore, repairs: list[str], *, repair: bool) -> str | None:
+    service = datastore.provider.create_sync_service(_repo_dir(datastore), str(_scratch_cache(datastore)))
+    look = partial(service.repair_namespace_contamination, namespace=datastore.namespace)
+    report = await look(dry_run=True)
+    if repair and report.total_foreign_objects:
+        done = await _locked(datastore, partial(look, dry_run=False))
+        repairs.append(f"{done.deleted} foreign object(s) removed")
+        report = await look(dry_run=True)
+    names = ", ".join(f"{found.namespace} ({found.object_count})" for found in report.foreign_namespaces)
+    return names or None
+
+
+def _scratch_cache(datastore: OpenDatastore) -> Path:
+    if str(datastore.cache_path) != os.devnull:
+        return datastore.cache_path
+    raise SwampfsError("doctor needs a cache directory for a namespace", remedy="run it in the repository")
+
+
+def _caches(datastore: OpenDatastore) -> list[dict[str, Any]]:
+    cache = datastore.cache_path
+    kept = cache / "_index" / "conflicts"
+    if datastore.is_directory or not cache.is_dir():
+        return []
+    count = len(os.listdir(kept)) if kept.is_dir() else 0
+    sidecar = cache / ".datastore-sync-state.json"
+    try:
+        dirty = json.loads(sidecar.read_text()).get("localDirty") if sidecar.exists() else False
+    except (OSError, ValueError, AttributeError):
+        return [_finding("cache", f"{sidecar} cannot be read: the next push looks at every file", passed=False)]
+    text = f"{cache}: {'work to push' if dirty else 'nothing to push'}"
+    if count:
+        text += f"; {count} content(s) kept in {kept} because another machine won"
+    return [_finding("cache", text, passed=True)]
