@@ -1,0 +1,186 @@
+"""``swampfs sync``, ``migrate-index`` and ``doctor``: in a repository, beside a mount, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.datastores import load_monolith
+from tests.harness import wait_for
+
+MODEL = "data/test/m1/state"
+FILES = [(f"{MODEL}/1/raw", b"one"), (f"{MODEL}/latest", b"1"), ("audit/a.jsonl", b"{}")]
+
+
+@pytest.fixture
+def repo(home: Path, bucket) -> Path:
+    """A repository whose datastore is this test's corner of the bucket."""
+    directory = home / "repo"
+    directory.mkdir()
+    config = {
+        "bucket": bucket.url.split("/")[2],
+        "prefix": bucket.prefix,
+        "endpoint": bucket.env["AWS_ENDPOINT_URL_S3"],
+    }
+    block = {"type": "@swamp/s3-datastore", "config": config}
+    (directory / ".swamp.yaml").write_text(json.dumps({"repoId": "repo-1", "datastore": block}))
+    return directory
+
+
+@pytest.fixture
+def run(home: Path, bucket):
+    """The command line, as a shell would call it; returns exit code, output and errors."""
+
+    def call(*arguments: str, cwd: Path | None = None) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "swampfs", *arguments],
+            env={**os.environ, **bucket.env, "SWAMP_HOME": str(home / "swamp"), "HOME": str(home)},
+            cwd=cwd or home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def cache(home: Path) -> Path:
+    return home / "swamp/repos/repo-1"
+
+
+def test_a_sync_pulls_what_others_did_and_pushes_what_was_done_here(home, repo, run, bucket):
+    load_monolith(bucket, FILES)
+    assert run("sync", "--json", cwd=repo) == (
+        0,
+        json.dumps({"mode": "sync", "filesPulled": 3, "filesPushed": 0}, indent=2) + "\n",
+        "",
+    )
+    assert (cache(home) / MODEL / "latest").read_bytes() == b"1"
+    (cache(home) / "audit/b.jsonl").write_bytes(b"new")
+    sidecar = cache(home) / ".datastore-sync-state.json"
+    fields = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({**fields, "localDirty": True, "dirtyPaths": ["audit/b.jsonl"]}))
+    code, out, _ = run("sync", "--dry-run", "--json", str(repo))
+    assert (code, json.loads(out)["summary"]) == (0, {"total": 1, "new": 1, "changed": 0, "deleted": 0})
+    assert "audit/b.jsonl" not in bucket.keys()
+    assert run("sync", "--push", str(repo)) == (0, "1 file(s) pushed\n", "")
+    assert bucket.get("audit/b.jsonl") == b"new"
+    assert not [key for key in bucket.keys() if key.endswith(".lock")]
+    assert run("sync", "--pull", str(repo)) == (0, "0 file(s) pulled\n", "")
+
+
+def test_migrating_the_index(repo, run, bucket):
+    load_monolith(bucket, FILES)
+    code, out, _ = run("migrate-index", "--json", cwd=repo)
+    assert code == 0
+    assert json.loads(out) == {
+        "version": 2,
+        "partitions": ["audit", "data--test--m1", "data--test--m1--state"],
+        "commitSeq": 1,
+    }
+    bucket.put("data/a/b", b"x")
+    code, out, _ = run("migrate-index", str(repo))
+    assert (code, out) == (0, "index version 2: 4 shards, commit 2\n")
+
+
+def test_a_migration_that_would_lose_entries_is_refused(repo, run, bucket):
+    load_monolith(bucket, [*FILES, ("definitions-evaluated/test/x.yaml", b"")])
+    before = {key: bucket.get(key) for key in bucket.keys()}
+    code, out, error = run("migrate-index", cwd=repo)
+    assert (code, out) == (2, "")
+    assert error.startswith("swampfs: 1 of 4 entries have no partition: definitions-evaluated/test/x.yaml — ")
+    assert {key: bucket.get(key) for key in bucket.keys()} == before
+
+
+def test_the_doctor_finds_and_mends_an_index(repo, run, bucket):
+    load_monolith(bucket, FILES)
+    run("migrate-index", cwd=repo)
+    code, out, _ = run("doctor", "--json", cwd=repo)
+    answer = json.loads(out)
+    assert (code, answer["overallStatus"], answer["datastoreType"]) == (0, "pass", "@swamp/s3-datastore")
+    bucket.delete("_index/audit.json")
+    bucket.delete(f"{MODEL}/1/raw")
+    code, out, _ = run("doctor", cwd=repo)
+    assert code == 1
+    assert "FAIL  index" in out
+    assert "1 document(s) missing or unreadable, such as" in out
+    assert f"1 entries without an object, such as {MODEL}/1/raw" in out
+    code, out, _ = run("doctor", "--repair", cwd=repo)
+    assert code == 0
+    assert "repaired     index rebuilt from the objects: 2 shards" in out
+    code, _, _ = run("doctor", cwd=repo)
+    assert code == 0
+    assert run("sync", "--pull", cwd=repo)[:2] == (0, "2 file(s) pulled\n")
+
+
+def test_a_sync_beside_a_mount_goes_through_it(home, repo, run, bucket, fleet):
+    load_monolith(bucket, FILES)
+    machine = fleet.machine(
+        env={**bucket.env, "SWAMP_HOME": str(home / "swamp")}, options=("--refresh", "1h", "--push-delay", "1h")
+    )
+    machine.mountpoint = repo / ".swamp"
+    machine.mount(str(repo))
+    (machine.path / "audit/b.jsonl").write_bytes(b"through the mount")
+    code, out, error = run("sync", "--json", cwd=repo)
+    assert (code, error) == (0, "")
+    assert json.loads(out) == {"mode": "sync", "through": str(machine.mountpoint)}
+    assert bucket.get("audit/b.jsonl") == b"through the mount"
+    assert not cache(home).exists()
+    code, out, _ = run("doctor", cwd=repo)
+    assert f"{machine.mountpoint}: healthy, 0 change(s) to push" in out
+    machine.umount()
+    wait_for(lambda: not os.path.ismount(machine.mountpoint), "unmounted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("sync", "s3://bucket/prefix"), 1, "pass --cache DIR"),
+        (("sync", "file:///tmp"), 1, "sync_not_supported"),
+        (("sync", "--timeout", "0"), 1, "--timeout"),
+        (("migrate-index", "file:///tmp"), 1, "is for object stores"),
+        (("sync", "/nonexistent"), 1, "is not a swamp repository"),
+        (("doctor", "nonsense://x"), 1, "is not a datastore"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, arguments, code, says):
+    found, _, error = run(*arguments)
+    assert found == code
+    assert says in error
+    assert "Traceback" not in error
+
+
+def test_a_held_lock_ends_the_push_with_its_holder(home, repo, run, bucket, monkeypatch):
+    load_monolith(bucket, FILES)
+    monkeypatch.setenv("SWAMP_LOCK_TIMEOUT_MS", "300")
+    bucket.put(".datastore.lock", b'{"holder":"ana@build-7","hostname":"build-7","pid":1,'
+               b'"acquiredAt":"2026-11-21T00:00:00.000Z","ttlMs":30000,"nonce":"n"}')  # fmt: skip
+    code, _, error = run("sync", "--push", cwd=repo)
+    assert code == 75
+    assert "held by ana@build-7 (pid 1) — timed out after" in error
+
+
+def test_the_library_and_its_commands_do_without_the_kernel(tmp_path):
+    """No pyfuse3: everything but mounting works, and mounting says what to install."""
+    (tmp_path / "pyfuse3.py").write_text("raise ModuleNotFoundError(\"No module named 'pyfuse3'\", name='pyfuse3')")
+    script = (
+        "import swampfs.datastore, swampfs.sync.cache.service, swampfs.cli.main, sys;"
+        "assert 'pyfuse3' not in sys.modules; assert not [m for m in sys.modules if m.startswith('google.')]"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=env)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "mnt").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "swampfs", "mount", "-f", f"file://{tmp_path}/store", str(tmp_path / "mnt")],
+        env=env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "there is no pyfuse3" in done.stderr
+    assert "pip install 'swampfs[mount]'" in done.stderr
