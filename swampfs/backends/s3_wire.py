@@ -77,6 +77,7 @@ class Wire:
         """``url`` is the bucket's own, such as ``http://host:1/bucket`` or ``https://bucket.s3.eu-west-1.…``."""
         parts = urlsplit(url)
         self._host = parts.netloc
+        self._origin = f"{parts.scheme}://{parts.netloc}"
         self._address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         self._root = parts.path.rstrip("/")
         self._region = region
@@ -133,7 +134,7 @@ class Wire:
         except (ValueError, OSError) as error:
             connection.close()
             _close_all(self._idle)  # most likely as dead as this one: the next attempt gets a fresh one
-            raise Unanswered(f"{type(error).__name__}: {error}") from error
+            raise Unanswered(f"{self._origin}: {error or type(error).__name__}") from error
         except BaseException:
             connection.close()
             raise
@@ -157,7 +158,7 @@ class Wire:
         try:
             return _Connection(self._address, self._timeout_s, self._tls)
         except OSError as error:
-            raise Unanswered(f"{type(error).__name__}: {error}") from error
+            raise Unanswered(f"{self._origin}: {error or type(error).__name__}") from error
 
     def _sign(self, request: _Request) -> str:
         """Request line and headers, signed with Signature Version 4 (AWS General Reference)."""

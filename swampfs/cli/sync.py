@@ -102,7 +102,7 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
     provider = _own(datastore, "migrate-index")
 
     async def migrate() -> dict[str, Any]:
-        shards = await _locked(datastore, partial(provider.rebuild_index, datastore.namespace))
+        shards = await provider.migrate_index(datastore.namespace, _lock_options(datastore))
         return {"version": shards.version, "partitions": list(shards.partitions), "commitSeq": shards.commit_seq}
 
     answer = trio.run(migrate)
@@ -192,11 +192,14 @@ async def _within(
 
 async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
     """Under the namespace's global lock, as swamp pushes (spec §9.4). Raises LockTimeoutError."""
+    place = datastore.provider.resolve_datastore_path(_repo_dir(datastore))
+    return await datastore.provider.create_lock(place, _lock_options(datastore)).with_lock(fn)
+
+
+def _lock_options(datastore: OpenDatastore) -> LockOptions:
     wait = os.environ.get("SWAMP_LOCK_TIMEOUT_MS", "")
     patience = {"max_wait_ms": int(wait)} if wait.isdigit() and int(wait) > 0 else {}
-    options = LockOptions(lock_key=Keyspace("", datastore.namespace).global_lock, **patience)
-    lock = datastore.provider.create_lock(datastore.provider.resolve_datastore_path(_repo_dir(datastore)), options)
-    return await lock.with_lock(fn)
+    return LockOptions(lock_key=Keyspace("", datastore.namespace).global_lock, **patience)
 
 
 def _timeout_s(given: float | None) -> float:
@@ -251,7 +254,7 @@ async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
         try:
             report = await provider.examine_index(datastore.namespace)
             if repair and not report.sound and report.mode is IndexMode.SHARDS:
-                shards = await _locked(datastore, partial(provider.rebuild_index, datastore.namespace))
+                shards = await provider.migrate_index(datastore.namespace, _lock_options(datastore))
                 repairs.append(f"index rebuilt from the objects: {len(shards.partitions)} shards")
                 report = await provider.examine_index(datastore.namespace)
             findings.append(_finding("index", _index_text(report), passed=report.sound))

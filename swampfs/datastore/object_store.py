@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from swampfs.backends.retry import RetryingStore
 from swampfs.errors import SwampfsError
@@ -22,6 +24,7 @@ from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY
 from swampfs.state.sidecar import S3_FINGERPRINT
 from swampfs.sync.cache.service import CacheSyncService
 from swampfs.sync.datastore_lock import DatastoreLock, HeldLocks
+from swampfs.sync.drain import ModelLocks, structurally
 from swampfs.sync.examine import IndexReport, examine
 from swampfs.sync.listing import ListingIndex
 from swampfs.sync.migrate import ShardWriter
@@ -29,6 +32,8 @@ from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.object_index import ObjectIndex
 from swampfs.sync.remote import Remote
 from swampfs.threads import Lane, Threads
+
+T = TypeVar("T")
 
 
 class StoreVerifier:
@@ -117,14 +122,19 @@ class ObjectStoreProvider:
         """Compare a namespace's index with its objects. Writes nothing."""
         return await examine(self._remote, self._keys._replace(namespace=namespace))
 
-    async def rebuild_index(self, namespace: str) -> ShardMap:
-        """Make the shards agree with the objects (version 2). The caller holds the namespace's global lock."""
-        self._held.check()
-        return await ShardWriter(self._remote, self._keys._replace(namespace=namespace)).migrate()
+    async def migrate_index(self, namespace: str, options: LockOptions) -> ShardMap:
+        """Version 1 → 2, or shards that agree with the objects (version 2), while nobody writes.
 
-    def global_lock_key(self, namespace: str) -> str:
-        """Without the prefix, as :class:`~swampfs.provider.LockOptions` wants it (spec §9.3)."""
-        return Keyspace("", namespace).global_lock
+        Raises LockTimeoutError naming who does.
+        """
+        writer = ShardWriter(self._remote, self._keys._replace(namespace=namespace))
+        return await self.structurally(namespace, options, writer.migrate)
+
+    async def structurally(self, namespace: str, options: LockOptions, fn: Callable[[], Awaitable[T]]) -> T:
+        """Run a structural command: under the namespace's global lock, with no model lock held by anybody."""
+        keys = self._keys._replace(namespace=namespace)
+        lock = self.create_lock("", options._replace(lock_key=Keyspace("", namespace).global_lock))
+        return await structurally(ModelLocks(self._remote, keys), lock, options.max_wait_ms / 1000, fn)
 
     def resolve_datastore_path(self, repo_dir: str) -> str:
         return self._place if self._is_directory else os.path.join(repo_dir, ".swamp")

@@ -206,6 +206,157 @@ def test_a_prefix_is_joined_to_lock_keys_too(world):
     trio.run(hold)
 
 
+# --- structural commands -----------------------------------------------------------------------------------
+
+
+def test_a_structural_command_waits_for_a_model_lock_taken_between_its_looks(world, monkeypatch):
+    """Lesson 35: the first drain saw none, and then a writer came."""
+    monkeypatch.setattr("swampfs.sync.drain._POLL_S", 0.02)
+    world.load({f"{MODEL}/latest": b"1"}, "v1")
+    order: list[str] = []
+
+    async def scenario() -> None:
+        provider = world.provider()
+        writer = world.provider().create_lock("/d", LockOptions(lock_key="data/test/m1/.lock"))
+        # The writer takes its model lock just before the command has the global one.
+        world.fail("put", KEY, action=lambda: world.put("data/test/m1/.lock", theirs))
+        await writer.acquire()
+        theirs = world.body("data/test/m1/.lock")
+        await writer.release()
+
+        async def finish_writing() -> None:
+            await trio.sleep(0.3)
+            order.append("written")
+            world.bucket.delete("data/test/m1/.lock")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(finish_writing)
+            await provider.structurally("", LockOptions(max_wait_ms=5_000), lambda: _note(order, "restructured"))
+
+    async def _note(order: list[str], word: str) -> None:
+        order.append(word)
+
+    trio.run(scenario)
+    assert order == ["written", "restructured"]
+    assert KEY not in world.keys()
+
+
+def test_a_structural_command_gives_up_naming_who_writes(world):
+    world.put("data/test/m1/.lock", encode_lock(_lock_of("ana@build-7", 4711)))
+    with pytest.raises(LockTimeoutError, match=r'"per-model locks" held by ana@build-7 \(pid 4711\), among them data/'):
+        trio.run(world.provider().migrate_index, "", LockOptions(max_wait_ms=100))
+    assert world.keys() == {"data/test/m1/.lock"}
+
+
+def test_the_locks_of_the_process_that_started_us_are_not_waited_for(world, monkeypatch):
+    """Lesson 33: swamp holds a model's lock and runs a command that waits for all of them."""
+    import socket
+
+    world.load({f"{MODEL}/latest": b"1"}, "v1")
+    monkeypatch.setenv("SWAMP_LOCK_HOLDER_PID", "4711")
+    world.put("data/test/m1/.lock", encode_lock(_lock_of("me", 4711)._replace(hostname=socket.gethostname())))
+    assert trio.run(world.provider().migrate_index, "", LockOptions(max_wait_ms=100)).commit_seq == 1
+
+
+def _lock_of(holder: str, pid: int):
+    from swampfs.records import LockInfo
+
+    return LockInfo(holder, holder.partition("@")[2] or "h", pid, "2026-11-21T00:00:00.000Z", 30_000, "n")
+
+
+def test_a_pid_means_nothing_on_another_host(tmp_path):
+    """H29: a live lock of another machine was judged dead because this machine has no such process."""
+    import socket
+
+    from swampfs.datastore import FILESYSTEM
+
+    (tmp_path / "datastore").mkdir()
+    provider = FILESYSTEM.create_provider({"path": str(tmp_path / "datastore")})
+    lock_file = tmp_path / "datastore/.datastore.lock"
+    options = LockOptions(max_wait_ms=100, retry_interval_ms=20)
+    lock_file.write_bytes(encode_lock(_lock_of("ana@elsewhere", 2**22 - 1)))
+    with pytest.raises(LockTimeoutError):
+        trio.run(provider.create_lock("", options).acquire)
+    lock_file.write_bytes(encode_lock(_lock_of("ana@here", 2**22 - 1)._replace(hostname=socket.gethostname())))
+
+    async def take_over() -> None:
+        lock = provider.create_lock("", LockOptions(max_wait_ms=3_000, retry_interval_ms=20))
+        await lock.acquire()
+        await lock.release()
+
+    trio.run(take_over)
+
+
+def test_a_holder_that_could_not_renew_in_time_counts_as_lost(world):
+    """Even if nobody took the lock over yet: somebody may, at any moment."""
+
+    async def hold() -> None:
+        lock = world.provider().create_lock("/d", LockOptions(ttl_ms=150))
+        await lock.acquire()
+        world.fail("put", KEY, times=99)
+        await trio.sleep(0.4)
+        assert lock.lost
+        world.faulty.faults.clear()
+        await lock.release()
+
+    trio.run(hold)
+
+
+def test_a_lock_lost_and_taken_again_does_not_haunt_later_pushes(world):
+    cache = world.cache("a")
+    cache.write("audit/a", b"1")
+
+    async def live() -> None:
+        lock = cache.provider.create_lock("/d", LockOptions(ttl_ms=60_000))
+        await lock.acquire()
+        world.bucket.delete(KEY)
+        await lock._lock.renew()
+        await lock.acquire()
+        await lock.release()
+        assert await cache.service.push_changed() == 1
+
+    trio.run(live)
+
+
+def test_a_loop_that_ends_with_a_lock_held_does_not_disturb_the_next(world):
+    cache = world.cache("a")
+    trio.run(cache.provider.create_lock("/d").acquire)
+    cache.write("audit/a", b"1")
+    assert cache.push() == 1
+
+
+def test_a_cancelled_acquisition_leaves_no_lock(world):
+    from swampfs.testing.faults import When
+
+    async def cancel() -> None:
+        lock = world.provider().create_lock("/d")
+        with trio.CancelScope() as scope:
+            world.fail("put", KEY, when=When.BEFORE, action=scope.cancel)
+            await lock.acquire()
+        assert scope.cancelled_caught or await lock.inspect() is None or not lock.lost
+        await lock.release()
+        assert world.body(KEY) is None
+
+    trio.run(cancel)
+
+
+def test_a_cancelled_pull_stops_soon(world):
+    import time as clock
+
+    world.load({f"audit/{n}.jsonl": b"x" for n in range(100)}, "v2")
+    cache = world.cache("a", pull_concurrency=1)
+    world.fail("get", "audit/", action=lambda: clock.sleep(0.02), times=200)
+
+    async def cancel() -> None:
+        with trio.move_on_after(0.2):
+            await cache.service.pull_changed()
+
+    started = clock.monotonic()
+    trio.run(cancel)
+    assert clock.monotonic() - started < 1.5
+    assert 0 < len(cache.files()) < 100
+
+
 # --- retries -----------------------------------------------------------------------------------------------
 
 

@@ -305,3 +305,88 @@ def test_a_local_copy_of_another_clients_index_changes_nothing(loaded):
     cache = loaded.cache("a")
     (cache.directory / ".datastore-index.json").write_bytes(compact({"version": 1, "entries": {}}))
     assert cache.pull() == len(FILES)
+
+
+def test_a_file_marked_while_it_is_downloaded_stays(loaded):
+    """Its writer has announced to write in place, into the file that a rename would take away."""
+    one, two = loaded.cache("a"), loaded.cache("b")
+    one.pull()
+    two.pull()
+    one.write(f"{MODEL}/latest", b"2")
+    one.push()
+    loaded.fail("get", f"{MODEL}/latest", action=lambda: two.service._book.mark(f"{MODEL}/latest"))
+    assert two.pull() == 0
+    assert two.read(f"{MODEL}/latest") == b"1"
+
+
+def test_a_file_written_without_a_mark_while_it_is_downloaded_stays(loaded):
+    one, two = loaded.cache("a"), loaded.cache("b")
+    one.pull()
+    two.pull()
+    one.write(f"{MODEL}/latest", b"2")
+    one.push()
+    loaded.fail("get", f"{MODEL}/latest", action=lambda: two.put(f"{MODEL}/latest", b"mine"))
+    assert two.pull() == 0
+    assert two.read(f"{MODEL}/latest") == b"mine"
+
+
+def test_a_full_disk_never_leaves_half_a_file(loaded, monkeypatch):
+    """A raw write may be short; what was admitted would be pushed over the whole one some day."""
+    import builtins
+
+    real = builtins.open
+
+    class Short:
+        def __init__(self, file):
+            self._file = file
+
+        def __enter__(self):
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self._file.__exit__(*args)
+
+        def write(self, body):
+            return self._file.write(body[:1])
+
+    def opening(path, mode="r", *args, **options):
+        file = real(path, mode, *args, **options)
+        return Short(file) if "/staging/" in str(path) and mode == "xb" else file
+
+    cache = loaded.cache("a")
+    monkeypatch.setattr("builtins.open", opening)
+    with pytest.raises(TransferError, match="took only a part"):
+        cache.pull()
+    monkeypatch.undo()
+    assert all(cache.read(rel) == FILES[rel] for rel in cache.files())
+
+
+def test_a_file_rewritten_within_one_tick_of_the_clock_is_looked_at(loaded):
+    """Lesson 9: the same size and the same times, because the clock is coarse."""
+    cache = loaded.cache("a")
+    cache.pull()
+    row = cache.service._bound.parts.manifest.row(f"{MODEL}/latest")
+    found = cache.path(f"{MODEL}/latest").stat()
+    assert not row._replace(stat_at=max(found.st_ctime_ns, found.st_mtime_ns) + 1_000_000).is_untouched(found)
+    assert row._replace(stat_at=max(found.st_ctime_ns, found.st_mtime_ns) + 10**9).is_untouched(found)
+
+
+def test_an_older_reading_never_replaces_a_newer_one(loaded):
+    """Two processes on one cache: the slower one's answer is of before the faster one's."""
+    import trio
+
+    one, two = loaded.cache("a"), loaded.cache("b")
+    one.pull()
+    two.pull()
+    parts = one.service._bound.parts
+    known = parts.manifest.watermark()
+    two.write("audit/b.jsonl", b"b")
+    two.push()
+    old = trio.run(parts._read, known, None)
+    two.write("audit/c.jsonl", b"c")
+    two.push()
+    loaded.cache("a").pull()
+    assert parts.manifest.apply(old, known) is False
+    assert one.pull() == 0
+    assert one.read("audit/c.jsonl") == b"c"

@@ -524,3 +524,40 @@ def test_entries_are_those_of_the_helper(cache):
     """The comparison above is worth what its own reading of the format is worth."""
     found = cache.world.entries()["audit/a.jsonl"]
     assert found == entry("audit/a.jsonl", b"{}")
+
+
+def test_a_marked_directory_that_cannot_be_walked_deletes_nothing(cache, monkeypatch, caplog):
+    """H4, for one directory."""
+    real = os.scandir
+
+    def failing(path):
+        if str(path).endswith("/state/1"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    cache.mark(MODEL)
+    cache.path(f"{MODEL}/latest").unlink()
+    monkeypatch.setattr("swampfs.sync.cache.tree.os.scandir", failing)
+    assert cache.push() == 0
+    assert set(cache.world.entries()) == {*FILES, "audit/a.jsonl"}
+    caplog.clear()
+
+
+def test_a_lazy_cache_is_never_verified_by_a_push(cache):
+    """The existing extensions would take the fast path past content that is not here (H10)."""
+    lazy = cache.world.cache("b")
+    lazy.pull(metadata_only=True)
+    lazy.write("audit/b.jsonl", b"b")
+    lazy.push()
+    assert "commitSeq" not in lazy.sidecar()
+    assert lazy.sidecar()["remoteIndexETag"] == ""
+
+
+def test_marks_of_another_namespace_are_not_cleared(world):
+    infra, security = world.cache("shared", "infra"), world.cache("shared", "security")
+    infra.write("audit/a", b"i")
+    security.write("audit/a", b"s")
+    assert infra.push() == 1
+    security.restart()
+    assert security.service._log.marked()[0].keys() == {"security/audit/a"}
+    assert security.push() == 1

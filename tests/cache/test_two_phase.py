@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import trio
 
-from swampfs.errors import ConflictingWriteError, IndexCorruptError, LeaseLostError
+from swampfs.errors import (
+    ConflictingWriteError,
+    IndexCorruptError,
+    LeaseLostError,
+    StoreUnreachableError,
+    TransferError,
+)
 from swampfs.provider import LockOptions
 from tests.caches import MODEL, World
 
@@ -197,3 +203,118 @@ def test_a_preview_changes_nothing_anywhere(cache):
     assert (cache.world.bucket.objects, cache.sidecar()) == (before, sidecar)
     assert cache.push() == 3
     assert cache.do("preview_push") == (0, 0, 0, 0)
+
+
+def test_a_first_prepare_in_a_namespace_that_fails_leaves_the_work_marked(world):
+    """H38: the reference stores "clean" before it uploads."""
+    cache = world.cache("a", "infra")
+    cache.write("audit/a.jsonl", b"1")
+    fault = world.fail("put", "audit/a.jsonl", times=99)
+    with pytest.raises(TransferError):
+        cache.prepare()
+    assert cache.sidecar()["localDirty"] is True
+    fault.times = 0
+    cache.mark("audit/a.jsonl")
+    cache.restart()
+    assert cache.commit(cache.prepare()) == 1
+
+
+@pytest.mark.parametrize("step", ["_index/audit.json", "_index/_meta.json"])
+def test_a_migration_does_not_replace_what_was_committed_meanwhile(world, step):
+    """H12, H18: somebody commits without our lock, or after we lost it."""
+    world.load(FILES, "v2")
+    one, two = world.cache("a"), world.cache("b")
+    one.pull()
+    two.pull()
+    two.write("audit/b.jsonl", b"b")
+    two.write("logs/new", b"n")
+    world.fail("put", step, action=lambda: _elsewhere(two.push))
+    with pytest.raises(ConflictingWriteError, match="written by another machine meanwhile"):
+        one.do("migrate_monolith_to_shards")
+    assert {"audit/b.jsonl", "logs/new"} <= set(world.entries())
+    assert world.cache("c").pull() == len(FILES) + 2
+
+
+def test_a_leftover_shard_that_is_needed_again_is_not_swept(world):
+    """Between our look and our delete, another machine's commit listed it again."""
+    world.load(FILES, "v2")
+    world.put("_index/logs.json", {"version": 1, "entries": {}})  # of a commit that died before its meta
+    one, two = world.cache("a"), world.cache("b")
+    one.pull()
+    two.pull()
+    two.write("logs/x", b"x")
+    one.write("logs/y", b"y")
+    one.push()
+    one.remove("logs/y")
+    world.fail("put", "_index/_meta.json", action=lambda: _elsewhere(two.push))
+    with pytest.raises(ConflictingWriteError):
+        one.push()
+    assert world.cache("c").pull() >= len(FILES) + 1
+    one.push()
+    assert {"logs/x"} | set(FILES) == set(world.entries())
+    assert world.cache("d").pull() == len(FILES) + 1
+
+
+def test_a_late_version_1_commit_leaves_the_shards_of_a_migration_alone(world):
+    world.load(FILES, "v1")
+    one, two = world.cache("a"), world.cache("b")
+    one.pull()
+    two.pull()
+    one.write("audit/b.jsonl", b"b")
+    two.write("audit/c.jsonl", b"c")
+
+    def migrate_and_push() -> None:
+        two.do("migrate_monolith_to_shards")
+        two.push()
+
+    world.fail("put", ".datastore-index.json", action=lambda: _elsewhere(migrate_and_push))
+    one.push()
+    assert "audit/c.jsonl" in world.entries()
+
+
+def test_an_object_sent_and_not_committed_gives_way_to_what_others_committed(world):
+    """The answer of our commit was lost, another machine went on from there: publishing ours again would revert it."""
+    from swampfs.testing.faults import When
+
+    world.load(FILES, "v2")
+    one, two = world.cache("a"), world.cache("b")
+    one.pull()
+    one.write(f"{MODEL}/latest", b"5")
+    world.fail("put", "_index/_meta.json", when=When.AFTER, times=99)
+    with pytest.raises((StoreUnreachableError, ConflictingWriteError)):
+        one.push()
+    world.faulty.faults.clear()
+    two.pull()
+    two.write(f"{MODEL}/latest", b"6")
+    two.push()
+    one.restart()
+    one.push()
+    assert world.body(f"{MODEL}/latest") == b"6"
+    one.pull()
+    assert one.read(f"{MODEL}/latest") == b"6"
+    assert b"5" in one.asides()
+
+
+def test_what_is_uploaded_unmarked_counts_as_dirty_until_it_is_committed(world):
+    """An object newer than its entry: until the commit no client may take this cache for clean."""
+    world.load(FILES, "v2")
+    cache = world.cache("a")
+    cache.pull()
+    other = world.cache("b")
+    other.write("logs/x", b"x")
+    other.push()
+    cache.put("audit/unmarked.jsonl", b"u")  # found by the walk that a remote change causes
+    cache.prepare()
+    assert cache.sidecar()["localDirty"] is True
+    cache.restart()
+    assert cache.push() == 1
+
+
+def test_a_file_with_the_same_hashless_entry_is_published_when_it_was_marked(world):
+    """Lost otherwise: a listing put our uncommitted upload into the index, and then we wrote again."""
+    world.put(f"{MODEL}/latest", b"1")
+    cache = world.cache("a")
+    cache.write(f"{MODEL}/latest", b"2")
+    assert cache.push() == 1
+    assert world.body(f"{MODEL}/latest") == b"2"
+    world.check()
