@@ -31,3 +31,17 @@ def test_every_command_in_the_readme_exists():
 
     used = set(re.findall(r"swampfs (mount|umount|status|flush|version)\b", (ROOT / "README.md").read_text()))
     assert used <= set(main.commands)
+
+
+def test_every_invariant_and_every_hazard_of_the_format_has_its_test():
+    names = {
+        name
+        for path in [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "swampfs/testing").glob("*.py")]
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    found: dict[str, set[str]] = {}
+    for number, tests in re.findall(r"^\| (H?\d+) \| (.*) \|$", (ROOT / "docs/formats.md").read_text(), re.MULTILINE):
+        found[number] = set(re.findall(r"`(test_\w+)`", tests))
+        assert found[number], number
+        assert found[number] <= names, found[number] - names
+    assert set(found) == {str(number) for number in range(1, 123)} | {f"H{number}" for number in range(1, 42)}
