@@ -28,7 +28,7 @@ class ObjectInfo(NamedTuple):
     key: str
     size: int
     etag: str  # opaque; quotes stripped
-    last_modified: str  # wire timestamp of the store's clock
+    last_modified: str  # wire timestamp of the store's clock; '' where only `head` and `list` tell
 
 
 class Blob(NamedTuple):

@@ -29,7 +29,11 @@ def test_every_link_in_the_manual_leads_somewhere():
 def test_every_command_in_the_readme_exists():
     from swampfs.cli.main import main
 
-    used = set(re.findall(r"swampfs (mount|umount|status|flush|version)\b", (ROOT / "README.md").read_text()))
+    used = set(
+        re.findall(
+            r"swampfs (mount|umount|status|flush|sync|migrate-index|doctor|version)\b", (ROOT / "README.md").read_text()
+        )
+    )
     assert used <= set(main.commands)
 
 

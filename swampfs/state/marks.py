@@ -41,6 +41,11 @@ class MarkLog:
             rows = self._db.execute("SELECT path, generation FROM dirty WHERE generation > ?", (after,)).fetchall()
         return dict(rows), max((row[1] for row in rows), default=after)
 
+    def newest(self) -> int:
+        """The newest generation; cheap, for the workers of a pull."""
+        with self._lock:
+            return int(self._db.execute("SELECT coalesce(max(generation), 0) FROM dirty").fetchone()[0])
+
     def retire(self, cut: int, more: Iterable[int] = (), *, keep: Iterable[str] = ()) -> None:
         """What the marks up to a generation, and exactly these others, announced is committed; but for ``keep``."""
         kept = set(keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -49,20 +50,17 @@ class Cache:
 
 
 def small_files(count: int) -> Any:
-    """Versions of 5 KB with their metadata of 0.5 KB, and markers: ``count`` files under 50 models."""
-    made = 0
-    number = 0
+    """As swamp writes them: five versions of a name, 5 KB of content and 0.5 KB of metadata each, and a marker."""
+    made = number = 0
     while made < count:
-        model = uuid.uuid5(_SPACE, f"model {number % 50}")
-        top = f"data/aws/ec2/vpc/{model}/item-{number // 50}"
-        for rel, body in (
-            (f"{top}/1/raw", (f"raw {number} " * 600)[:5120].encode()),
-            (f"{top}/1/metadata.yaml", (f"id: {number}\n" * 60)[:512].encode()),
-            (f"{top}/latest", b"1"),
-        ):
-            if made < count:
-                yield rel, body
-                made += 1
+        top = f"data/aws/ec2/vpc/{uuid.uuid5(_SPACE, f'model {number % 50}')}/item-{number // 50}"
+        files = [(f"{top}/latest", b"5")]
+        for version in range(1, 6):
+            files.append((f"{top}/{version}/raw", (f"raw {number} {version} " * 600)[:5120].encode()))
+            files.append((f"{top}/{version}/metadata.yaml", (f"id: {number} {version}\n" * 60)[:512].encode()))
+        for rel, body in files[: count - made]:
+            yield rel, body
+            made += 1
         number += 1
 
 
@@ -94,10 +92,10 @@ def small(server: seaweed.Server, scratch: Path, count: int) -> None:
     one.timed("one-file push on shards", one.service.push_changed)
 
 
-def tier_l(server: seaweed.Server, scratch: Path) -> None:
+def fill_tier_l(server: seaweed.Server) -> None:
     """275 000 entries in the index of 2 000 models; only the index is in the bucket."""
-    server.client().create_bucket(Bucket="tier-l")
     client = server.client()
+    client.create_bucket(Bucket="tier-l")
     shards: dict[str, dict[str, Any]] = {}
     for number in range(25_000):
         model = uuid.uuid5(_SPACE, f"model {number % 2000}")
@@ -120,7 +118,11 @@ def tier_l(server: seaweed.Server, scratch: Path) -> None:
     meta = {"version": 2, "partitions": sorted(shards), "commitSeq": 7}
     client.put_object(Bucket="tier-l", Key="_index/_meta.json", Body=json.dumps(meta, separators=(",", ":")).encode())
     total = sum(len(entries) for entries in shards.values())
-    print(f"-- {total} entries in {len(shards)} shards")
+    print(f"-- {total} entries in {len(shards)} shards", flush=True)
+
+
+def tier_l(server: seaweed.Server, scratch: Path) -> None:
+    """What a library user does with an index of that size."""
     cache = Cache(server, "tier-l", scratch / "big")
     bound = cache.service._bind(None)
     cache.timed("read the whole index (v2)", bound.parts.refresh)
@@ -152,15 +154,19 @@ def marks(cache: Cache) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    count = int(arguments[0]) if arguments else 10_000
+    count = next((int(word) for word in arguments if word.isdigit()), 10_000)
     scratch = Path(tempfile.mkdtemp(prefix="swampfs-bench-"))
     server = seaweed.start()
     try:
-        import os
-
         os.environ.update(server.environment())
-        small(server, scratch, count)
+        if "--tier-l" not in arguments:
+            small(server, scratch, count)
         if "--small" not in arguments:
+            child = os.fork()  # so that what fills the bucket does not count as our memory
+            if child == 0:
+                fill_tier_l(server)
+                os._exit(0)
+            os.waitpid(child, 0)
             tier_l(server, scratch)
     finally:
         server.stop()

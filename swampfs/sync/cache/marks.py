@@ -124,9 +124,9 @@ class MarkBook:
 
     def was_marked(self, path: str, after: int) -> bool:
         """Whether a namespace-relative path was marked since. Called by workers."""
-        later, _ = self._log.marked(after)
-        if not later:
+        if self._log.newest() <= after:
             return False
+        later, _ = self._log.marked(after)
         head = f"{self._namespace}/" if self._namespace else ""
         return head + path in MarkedPaths(later, bulk=False)
 

@@ -6,7 +6,7 @@ after its size and hash were verified. A pull writes nothing to the datastore.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import logging
 import os
@@ -265,16 +265,16 @@ class CachePuller:
             digest = self._download(entry, staged)
             found = self._tree.stat(entry.path)
             now = identity(found) if found is not None and stat.S_ISREG(found.st_mode) else ""
-            if os.stat(staged).st_size != entry.size:
-                raise OSError(errno.ENOSPC, "the cache's disk took only a part of it")
             if now != wish.seen or self._book.was_marked(entry.path, wish.cut):
                 log.info("%s was changed here while it was downloaded: kept", entry.path)
+                os.unlink(staged)
                 return None
             found = self._tree.admit(staged, entry.path, entry.mtime_ns or time.time_ns())
             return Fetched(entry._replace(sha256=digest), found)
-        finally:
-            if os.path.lexists(staged):
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged)
+            raise
 
     async def hydrate(self, path: RelPath, marks: Marks) -> bool:
         """One file; ``False`` if it does not exist. Local changes stay, as in a pull. Raises IntegrityError."""
@@ -317,8 +317,7 @@ class CachePuller:
             blob = store.get(key)
             assert blob is not None
             size, digest = len(blob.body), hashlib.sha256(blob.body).hexdigest()
-            with open(staged, "xb") as file:  # buffered: a raw write may be short when the disk is nearly full
-                file.write(blob.body)
+            self._tree.write_staged(staged, blob.body)
         else:
             store.download(key, staged)
             with open(staged, "rb", buffering=0) as file:

@@ -7,6 +7,7 @@ one of this provider's that was lost is noticed right before the commit (H18).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -241,6 +242,7 @@ class CachePusher:
     def _upload_one(self, change: Change) -> Sent | None:
         """In a worker. Size and hash are of the very bytes that are sent; ``None`` if they would not hold still."""
         staged = self._tree.stage()
+        content = None
         try:
             content = self._content(change.path, staged)
             if content is None:
@@ -253,8 +255,9 @@ class CachePusher:
         except PreconditionError:
             raise ConflictingWriteError(f"{change.path} was changed by another writer just now") from None
         finally:
-            if os.path.lexists(staged):
-                os.unlink(staged)
+            with contextlib.suppress(FileNotFoundError):
+                if content is None or isinstance(content.body, str):  # else there never was a copy
+                    os.unlink(staged)
         mtime = timestamp(content.stat.st_mtime_ns) if content.stat is not None else None
         entry = IndexEntry(change.path, content.size, info.last_modified, mtime, content.sha256)
         return Sent(entry, content.stat)

@@ -59,7 +59,7 @@ class CacheTree:
         return f"{self.base}/{rel}"
 
     def stage(self) -> str:
-        return os.path.join(self._staging, uuid.uuid4().hex)
+        return f"{self._staging}/{uuid.uuid4().hex}"
 
     # --- looking ------------------------------------------------------------------------------------------
 
@@ -131,12 +131,26 @@ class CacheTree:
         except IsADirectoryError:
             os.rmdir(target)
             os.rename(staged, target)
+        except FileNotFoundError:  # a directory that was there a moment ago
+            self._safe.clear()
+            self.make_parents(rel)
+            os.rename(staged, target)
         return os.lstat(target)
+
+    def write_staged(self, staged: str, body: bytes) -> None:
+        """All of it or an error: a single write may be short when the disk is nearly full."""
+        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            done = os.write(fd, body)
+            while done < len(body):
+                done += os.write(fd, body[done:])
+        finally:
+            os.close(fd)
 
     def make_parents(self, rel: str) -> None:
         """Directories above a path. Raises HostileNameError if one of them is a link (spec §5.3)."""
         directory = os.path.dirname(self.path(rel))
-        if directory in self._safe and os.path.isdir(directory):
+        if directory in self._safe:
             return
         try:
             os.makedirs(directory, exist_ok=True)
