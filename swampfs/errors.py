@@ -201,7 +201,6 @@ class StoreBusyError(StoreError):
 class PreconditionsUnsupportedError(StoreError):
     """The store ignores conditional writes, so neither locks nor commits would be safe."""
 
-    exit_code = EXIT_MOUNT
     remedy = "mount with --read-only, or use a store that honours If-Match and If-None-Match"
 
 

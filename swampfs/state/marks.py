@@ -61,6 +61,13 @@ class MarkLog:
             found = {row[0] for row in self._db.execute("SELECT path FROM dirty WHERE at >= ?", (since,))}
         return found.intersection(paths)
 
+    def is_proven(self) -> bool:
+        """Whether the store was seen to honour conditional writes."""
+        return self._fact("preconditions_proven") is not None
+
+    def note_proven(self) -> None:
+        self._db.execute("INSERT OR REPLACE INTO fact VALUES ('preconditions_proven', '1')")
+
     def export(self, namespace: str) -> str | None:
         """Hash of the catalog last exported for a namespace; the sidecar has room for one only (spec §8.3)."""
         return self._fact(f"export:{namespace}")

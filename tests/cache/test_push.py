@@ -108,6 +108,8 @@ def test_a_scoped_push_touches_only_what_is_marked(world):
     world.load(files, "v2")
     cache = world.cache("a")
     cache.pull()
+    cache.write("data/test/m4/state/1/raw", b"changed")
+    cache.push()  # the first one proves that the store honours preconditions
     cache.put("data/test/m7/state/1/raw", b"unmarked")
     cache.write("data/test/m5/state/1/raw", b"changed")
     count, log = world.requests(cache.push)

@@ -261,6 +261,12 @@ def test_a_store_that_ignores_preconditions_is_refused_for_writing(fleet, home):
         machine = fleet.machine(env=credentials)
         refused(machine, "s3://careless/x", code=32, says=["ignores conditional writes", "--read-only"])
         assert [path for path in data.rglob("*") if path.is_file()] == []  # the probe left nothing
+        (home / "cache/audit").mkdir(parents=True)
+        (home / "cache/audit/a.jsonl").write_bytes(b"x")
+        sync = machine.run("sync", "--push", "--cache", str(home / "cache"), "s3://careless/x", check=False)
+        assert sync.returncode == 2
+        assert "ignores conditional writes" in sync.stderr
+        assert [path for path in data.rglob("*") if path.is_file()] == []
         machine.mount("s3://careless/x", "--read-only")
         machine.umount()
     finally:

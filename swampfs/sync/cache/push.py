@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,6 +69,11 @@ class Prepared:
     orphans: list[RelPath] = field(default_factory=list)  # sent earlier, never indexed, and gone here
 
     @property
+    def is_idle(self) -> bool:
+        """Nothing to write anywhere."""
+        return not (self.changes or self.deletes or self.scrub or self.orphans)
+
+    @property
     def is_empty(self) -> bool:
         return not (self.sent or self.deletes or self.scrub or self.orphans)
 
@@ -76,18 +81,31 @@ class Prepared:
 class CachePusher:
     """Pushes of one bound cache."""
 
-    def __init__(self, parts: CacheParts, book: MarkBook, check_locks: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        parts: CacheParts,
+        book: MarkBook,
+        *,
+        check_locks: Callable[[], None],
+        prove: Callable[[], Awaitable[None]],
+    ) -> None:
         self._parts = parts
         self._manifest = parts.manifest
         self._tree = parts.tree
         self._book = book
         self._check_locks = check_locks
+        self._prove = prove
 
     async def prepare(self, signal: AbortSignal | None) -> PushManifest:
-        """Look, decide, upload. Raises TransferError; the index and the marks are as they were."""
+        """Look, decide, upload. Raises TransferError; the index and the marks are as they were.
+
+        Raises PreconditionsUnsupportedError, once per cache, before anything is written to a store that is not safe.
+        """
         prepared = await self._decide()
         if prepared is None:
             return PushManifest({}, (), 0, 0, frozenset())
+        if not prepared.is_idle:
+            await self._prove()
         await self._upload(prepared, signal)
         entries = {path: sent.entry for path, sent in prepared.sent.items()}
         deleted = tuple(row.path for row in prepared.deletes)

@@ -40,6 +40,7 @@ from swampfs.sync.cache.tree import OWN, CacheTree
 from swampfs.sync.catalogs import Catalogs, encode_rows
 from swampfs.sync.control import ControlRecords
 from swampfs.sync.datastore_lock import HeldLocks
+from swampfs.sync.locks import prove_preconditions
 from swampfs.sync.migrate import ShardWriter
 from swampfs.sync.namespaces import foreign_objects
 from swampfs.sync.remote import Remote
@@ -252,7 +253,15 @@ class CacheSyncService:
         pull_width, push_width = self._widths
         parts = CacheParts(self._remote, keys, index, tree, manifest, self._sidecar, pull_width, push_width)
         book = MarkBook(self._log, self._sidecar, self._root, namespace)
-        return _Bound(parts, book, CachePuller(parts, book), CachePusher(parts, book, self._held.check))
+
+        async def prove() -> None:
+            if self._two_phase and not self._log.is_proven():
+                await prove_preconditions(self._remote, keys.data("_control/swampfs/precondition-probe"))
+                self._log.note_proven()
+
+        return _Bound(
+            parts, book, CachePuller(parts, book), CachePusher(parts, book, check_locks=self._held.check, prove=prove)
+        )
 
     def _inside(self, path: str) -> RelPath:
         """A cache-relative path as one of the namespace."""
