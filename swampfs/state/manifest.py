@@ -47,15 +47,6 @@ class Row(NamedTuple):
             and self.stat_at - max(found.st_ctime_ns, found.st_mtime_ns) > _RACY_NS
         )
 
-    def is_in_step(self, found: os.stat_result | None) -> bool:
-        """Whether the local file surely has the content the index names."""
-        return (
-            found is not None
-            and self.entry is not None
-            and self.is_untouched(found)
-            and self.entry.same_content(self.base)
-        )
-
 
 def identity(found: os.stat_result) -> str:
     """Equal only if nobody wrote to the file in between: the inode's change time cannot be set."""
@@ -109,9 +100,6 @@ class Manifest:
     def dangling(self) -> list[RelPath]:
         sql = "SELECT path FROM file WHERE partition IS NOT NULL AND dangling = 1"
         return [RelPath(row[0]) for row in self.db.execute(sql)]
-
-    def count(self) -> int:
-        return int(self.db.execute("SELECT count(*) FROM file WHERE partition IS NOT NULL").fetchone()[0])
 
     def partition_of(self, path: str) -> str | None:
         sql = "SELECT name FROM file JOIN partition ON partition.id = file.partition WHERE path = ?"

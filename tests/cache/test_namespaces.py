@@ -64,7 +64,7 @@ def test_another_namespace_on_one_service_is_refused(world):
             cache.do("pull_changed", namespace=namespace)
 
 
-def test_foreign_directories_and_solo_leftovers_in_the_cache_are_not_published(world):
+def test_foreign_directories_and_solo_leftovers_in_the_cache_are_not_published(world, caplog):
     cache = world.cache("a", "infra")
     other = cache.directory / "security"
     other.mkdir()
@@ -81,6 +81,8 @@ def test_foreign_directories_and_solo_leftovers_in_the_cache_are_not_published(w
     cache.put("audit/a.jsonl", b"mine")
     assert cache.push() == 1
     assert list(world.entries("infra")) == ["audit/a.jsonl"]
+    assert f"{cache.directory}/data belongs to no namespace: not published" in caplog.text
+    caplog.clear()
 
 
 def test_internal_files_below_the_namespace_are_not_published(world):

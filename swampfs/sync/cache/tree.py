@@ -48,6 +48,7 @@ class CacheTree:
         self.own = os.path.join(self.root, OWN)
         self._staging = os.path.join(self.own, "staging")
         self._conflicts = os.path.join(self.own, "conflicts")
+        self._strays_told = False
         self._safe: set[str] = set()  # directories seen to be real ones since the last operation began
 
     def make(self) -> None:
@@ -109,9 +110,10 @@ class CacheTree:
         return "/" not in name and os.path.exists(os.path.join(self.path(name), NAMESPACE_MANIFEST))
 
     def strays(self) -> list[str]:
-        """Top-level names of a namespaced cache that belong to no namespace: old solo leftovers."""
-        if not self.namespace:
+        """Top-level names of a namespaced cache that belong to no namespace: old solo leftovers. Told of once."""
+        if not self.namespace or self._strays_told or not os.path.isdir(self.root):
             return []
+        self._strays_told = True
         found = []
         for entry in os.scandir(self.root):
             manifest = os.path.join(entry.path, NAMESPACE_MANIFEST)

@@ -32,6 +32,8 @@ def candidates(tree: CacheTree, manifest: Manifest, marks: Marks) -> Candidates:
     problems: list[WalkProblem] = []
     lazy = marks.lazy
     if marks.walk_all:
+        for name in tree.strays():
+            log.warning("%s/%s belongs to no namespace: not published", tree.root, name)
         _take(tree.walk("", problems), found)
         complete = not any(problem.fatal for problem in problems)
         if marks.overflowed and complete and not lazy:
