@@ -12,7 +12,7 @@ from swampfs import __version__
 from swampfs.cli.control import flush, status, umount
 from swampfs.cli.mount import mount
 from swampfs.cli.sync import doctor, migrate_index, sync
-from swampfs.errors import EXIT_USAGE, SwampfsError
+from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
 
 
 class _Group(click.Group):
@@ -33,6 +33,16 @@ class _Group(click.Group):
                 traceback.print_exc()
             click.echo(f"swampfs: {error.line()}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # this machine's disk, where no command has more to say about it
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            where = f" {error.filename}" if error.filename else ""
+            click.echo(f"swampfs: {error.strerror or error}:{where} — check space and permissions", err=True)
+            sys.exit(EXIT_SYSTEM)
+        except BaseExceptionGroup as group:
+            if group.subgroup(KeyboardInterrupt) is None:
+                raise
+            sys.exit(130)  # interrupted while several things were under way
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -166,6 +166,39 @@ def test_a_held_lock_ends_the_push_with_its_holder(home, repo, run, bucket, monk
     assert "held by ana@build-7 (pid 1) — timed out after" in error
 
 
+def test_an_interrupted_sync_gives_its_lock_back(home, repo, bucket):
+    import signal
+    import time
+
+    load_monolith(bucket, FILES)
+    cache(home).mkdir(parents=True)
+    for number in range(3000):
+        path = cache(home) / f"audit/{number}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 2000)
+    env = {**os.environ, **bucket.env, "SWAMP_HOME": str(home / "swamp"), "HOME": str(home)}
+    process = subprocess.Popen([sys.executable, "-m", "swampfs", "sync", "--push", str(repo)], env=env,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for(lambda: ".datastore.lock" in bucket.keys(), "the lock is taken")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode in (0, 130), error
+    assert "Traceback" not in error
+    assert ".datastore.lock" not in bucket.keys()
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(home, repo, run, bucket):
+    load_monolith(bucket, FILES)
+    cache(home).parent.mkdir(parents=True)
+    cache(home).write_bytes(b"a file where a directory should be")
+    code, _, error = run("sync", "--pull", cwd=repo)
+    assert code == 2
+    assert error.startswith("swampfs: ")
+    assert str(cache(home)) in error
+    assert "Traceback" not in error
+
+
 def test_the_library_and_its_commands_do_without_the_kernel(tmp_path):
     """No pyfuse3: everything but mounting works, and mounting says what to install."""
     (tmp_path / "pyfuse3.py").write_text("raise ModuleNotFoundError(\"No module named 'pyfuse3'\", name='pyfuse3')")
