@@ -194,3 +194,28 @@ def test_control_records_are_no_files(world):
 
 def test_the_helper_writes_entries_as_the_format_has_them():
     assert list(entry("x", b"")) == ["key", "size", "lastModified", "localMtime", "sha256"]
+
+
+def test_downloads_of_a_dead_process_are_cleared_and_those_of_a_live_one_are_not(world):
+    import os
+    import time
+
+    cache = world.cache("a")
+    staging = cache.directory / "_index/staging"
+    staging.mkdir(parents=True)
+    for name, age_s in (("old", 2 * 24 * 3600), ("young", 60)):
+        (staging / name).write_bytes(b"half")
+        os.utime(staging / name, (time.time() - age_s,) * 2)
+    cache.pull()
+    assert [path.name for path in staging.iterdir()] == ["young"]
+
+
+def test_a_namespace_may_have_any_name(world):
+    """Also those of our own files."""
+    for name in ("solo", "marks", "data", "audit"):
+        cache = world.cache("shared", name)
+        cache.write("audit/x", name.encode())
+        assert cache.push() == 1
+    solo = world.cache("shared")
+    assert solo.pull() >= 0
+    assert [world.body(f"{name}/audit/x") for name in ("solo", "marks")] == [b"solo", b"marks"]

@@ -249,7 +249,8 @@ class CacheSyncService:
         index: RemoteIndex = self._make_index(keys)
         tree = CacheTree(self._root, namespace)
         tree.make()
-        manifest = Manifest(os.path.join(self._root, OWN, f"{namespace or 'solo'}.db"))
+        tree.clear_staging()
+        manifest = Manifest(os.path.join(self._root, OWN, f"ns-{namespace}.db" if namespace else "solo.db"))
         pull_width, push_width = self._widths
         parts = CacheParts(self._remote, keys, index, tree, manifest, self._sidecar, pull_width, push_width)
         book = MarkBook(self._log, self._sidecar, self._root, namespace)

@@ -6,11 +6,13 @@ alone. Nothing is read or written through a symbolic link, also not one in place
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from swampfs.names import NAMESPACE_MANIFEST, RelPath, is_internal, is_publishab
 OWN = "_index"
 IN_MEMORY = 4 << 20
 _READ_ATTEMPTS = 3
+_STAGED_S = 24 * 3600.0
 
 
 class Found(NamedTuple):
@@ -55,6 +58,14 @@ class CacheTree:
         """Begin an operation: our own directories exist, and no other is taken for granted."""
         self._safe.clear()
         os.makedirs(self._staging, mode=0o700, exist_ok=True)
+
+    def clear_staging(self) -> None:
+        """Files of processes that died. Young ones may be another process's, at work on the same cache."""
+        oldest = time.time() - _STAGED_S
+        for entry in os.scandir(self._staging):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.stat().st_mtime < oldest:
+                    os.unlink(entry.path)
 
     def path(self, rel: str) -> str:
         return f"{self.base}/{rel}"
