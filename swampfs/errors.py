@@ -98,6 +98,12 @@ class NotMountedError(MountError):
     remedy = "see `findmnt -t fuse.swampfs` for what is mounted"
 
 
+class CacheError(SwampfsError):
+    """The library's cache directory cannot be used right now: full disk, permissions, a locked database."""
+
+    remedy = "make room, or correct the cache directory's permissions, then run it again: nothing was lost"
+
+
 class SyncTimeoutError(SwampfsError):
     """One direction of a sync took longer than it may. What was transferred stays, and what is marked stays marked."""
 

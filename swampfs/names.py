@@ -241,7 +241,9 @@ def model_of(rel: str) -> ModelRef | None:
 
 
 def check_namespace(slug: str) -> str:
-    """Spec §1.2. Raises SettingsError."""
+    """Spec §1.2, and no directory of swamp's own: ``data/`` would be both. Raises SettingsError."""
+    if slug in SYNCED_DIRECTORIES or slug in _LOCAL_TOP:
+        raise SettingsError(f"namespace {slug!r} is a directory of swamp's own", remedy="choose another name")
     if len(slug) > 64 or not _NAMESPACE.match(slug):
         raise SettingsError(
             f"namespace {slug!r} is not valid",

@@ -39,6 +39,12 @@ class _Group(click.Group):
             where = f" {error.filename}" if error.filename else ""
             click.echo(f"swampfs: {error.strerror or error}:{where} — check space and permissions", err=True)
             sys.exit(EXIT_SYSTEM)
+        except Exception as error:  # ours to mend; the operator gets one line all the same
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            click.echo(f"swampfs: unexpected {what} — run it with `swampfs --debug …` and report it", err=True)
+            sys.exit(EXIT_SYSTEM)
         except BaseExceptionGroup as group:
             if group.subgroup(KeyboardInterrupt) is None:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -17,7 +18,14 @@ import trio
 from swampfs import registry
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
-from swampfs.errors import AbortedError, NotMountedError, SwampfsError, SyncNotSupportedError, SyncTimeoutError
+from swampfs.errors import (
+    DatastoreTypeError,
+    NotMountedError,
+    SettingsError,
+    SwampfsError,
+    SyncNotSupportedError,
+    SyncTimeoutError,
+)
 from swampfs.names import Keyspace
 from swampfs.provider import AbortSignal, DatastoreSyncService, LockOptions
 from swampfs.records import IndexMode
@@ -25,6 +33,9 @@ from swampfs.sync.examine import IndexReport
 
 _DEFAULT_TIMEOUT_S = 300.0
 _MOUNT_ANSWER_S = 30.0
+_LONGEST_S = 21_600.0
+_TOO_SLOW = "too slow"
+_INTERRUPTED = "interrupted"
 _SHOWN = 5
 
 _source = click.argument("source", required=False)
@@ -67,9 +78,9 @@ def sync(
         raise SyncNotSupportedError(
             "sync_not_supported: a directory datastore is used in place", remedy="there is nothing to synchronise"
         )
-    mount = _mount_of(datastore)
-    if mount is not None and cache is None:
-        answer = _through_mount(mount, mode or "sync")
+    mount = None if dry_run or cache is not None or namespace else _mount_of(datastore)
+    if mount is not None:
+        answer = _through_mount(mount, mode or "sync", timeout or _MOUNT_ANSWER_S)
     else:
         service = datastore.provider.create_sync_service(_repo_dir(datastore), str(datastore.cache_path))
         run = partial(_preview if dry_run else _sync, datastore, service, mode or "sync", _timeout_s(timeout))
@@ -105,7 +116,7 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
         shards = await provider.migrate_index(datastore.namespace, _lock_options(datastore))
         return {"version": shards.version, "partitions": list(shards.partitions), "commitSeq": shards.commit_seq}
 
-    answer = trio.run(migrate)
+    answer = _patiently(datastore, "migration", migrate)
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
@@ -125,9 +136,11 @@ def doctor(source: str | None, repair: bool, namespace: str, as_json: bool) -> N
     \b
     Example: swampfs doctor ~/repo
     """
-    datastore = open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=None if source is None or
-                                 "://" not in source else Path(os.devnull))  # fmt: skip
-    answer = trio.run(_examine, datastore, repair)
+    try:
+        datastore = _open_for_doctor(source, namespace)
+        answer = _patiently(datastore, "examination", partial(_examine, datastore, repair))
+    except (SettingsError, DatastoreTypeError) as error:
+        answer = _answer("unknown", False, [_fuse(), *_mounts(), _finding("settings", error.line(), passed=False)])
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
@@ -167,27 +180,55 @@ async def _preview(
 async def _within(
     timeout_s: float, direction: str, datastore: OpenDatastore, call: Callable[..., Awaitable[Any]]
 ) -> Any:
-    """Run a call that heeds a signal; raise it when the time is over."""
-    signal = AbortSignal()
+    """Run a call that heeds a signal, until the time is over or somebody interrupts it.
 
-    async def watch() -> None:
+    Raises SyncTimeoutError; an interrupt ends the command with 130 once everything is given back.
+    """
+    stop = AbortSignal()
+    scope = trio.CancelScope()
+    result: list[Any] = []
+    failure: list[Exception] = []
+
+    def end(why: str) -> None:
+        if not stop.aborted:
+            stop.abort(why)
+        scope.cancel()
+
+    async def watch_clock() -> None:
         await trio.sleep(timeout_s)
-        signal.abort("too slow")
+        end(_TOO_SLOW)
 
-    result = None
-    failure: SwampfsError | None = None
+    async def watch_signals() -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+            async for _ in received:
+                end(_INTERRUPTED)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        try:
-            result = await call(signal=signal)
-        except SwampfsError as error:  # re-raised below: the nursery would wrap it in a group
-            failure = error
+        nursery.start_soon(watch_clock)
+        nursery.start_soon(watch_signals)
+        await trio.lowlevel.checkpoint()  # the signals are ours from here on
+        with scope:
+            try:
+                result.append(await call(signal=stop))
+            except Exception as error:  # re-raised below: the nursery would wrap it in a group
+                failure.append(error)
         nursery.cancel_scope.cancel()
-    if isinstance(failure, AbortedError):
+    if result:
+        return result[0]
+    if stop.aborted and stop.reason == _INTERRUPTED:
+        raise click.Abort
+    if stop.aborted:
         raise SyncTimeoutError(f"{datastore.type} {direction} did not end within {int(timeout_s * 1000)}ms")
-    if failure is not None:
-        raise failure
-    return result
+    raise failure[0]
+
+
+def _patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awaitable[Any]]) -> Any:
+    """Run the whole of a command that has no deadline of its own; it can be interrupted."""
+
+    async def run(signal: AbortSignal) -> Any:
+        return await call()
+
+    return trio.run(_within, _LONGEST_S, what, datastore, run)
 
 
 async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
@@ -197,8 +238,8 @@ async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) ->
 
 
 def _lock_options(datastore: OpenDatastore) -> LockOptions:
-    wait = os.environ.get("SWAMP_LOCK_TIMEOUT_MS", "")
-    patience = {"max_wait_ms": int(wait)} if wait.isdigit() and int(wait) > 0 else {}
+    wait_ms = _positive("SWAMP_LOCK_TIMEOUT_MS")
+    patience = {"max_wait_ms": wait_ms} if wait_ms else {}
     return LockOptions(lock_key=Keyspace("", datastore.namespace).global_lock, **patience)
 
 
@@ -206,8 +247,13 @@ def _timeout_s(given: float | None) -> float:
     """Spec §9.4: flag, environment, default; nonsense in the environment is ignored."""
     if given is not None:
         return given
-    text = os.environ.get("SWAMP_DATASTORE_SYNC_TIMEOUT_MS", "")
-    return int(text) / 1000 if text.isdigit() and int(text) > 0 else _DEFAULT_TIMEOUT_S
+    configured_ms = _positive("SWAMP_DATASTORE_SYNC_TIMEOUT_MS")
+    return configured_ms / 1000 if configured_ms else _DEFAULT_TIMEOUT_S
+
+
+def _positive(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0 else None
 
 
 def _repo_dir(datastore: OpenDatastore) -> str:
@@ -229,12 +275,12 @@ def _mount_of(datastore: OpenDatastore) -> registry.Registration | None:
         return None
 
 
-def _through_mount(mount: registry.Registration, mode: str) -> dict[str, Any]:
+def _through_mount(mount: registry.Registration, mode: str, timeout_s: float) -> dict[str, Any]:
     """The mount has the same datastore open: it refreshes and pushes, so nothing is done twice."""
     answer: dict[str, Any] = {"mode": mode, "through": mount.mountpoint}
     for direction, command in (("push", "flush"), ("pull", "refresh")):
         if mode in (direction, "sync"):
-            reply = registry.request(mount, {"cmd": command, "timeout": _MOUNT_ANSWER_S}, _MOUNT_ANSWER_S + 10)
+            reply = registry.request(mount, {"cmd": command, "timeout": timeout_s}, timeout_s + 10)
             if "error" in reply:
                 raise SwampfsError(str(reply["error"]))
     return answer
@@ -260,19 +306,36 @@ async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
             findings.append(_finding("index", _index_text(report), passed=report.sound))
         except SwampfsError as error:
             findings.append(_finding("index", error.line(), passed=False))
-        if datastore.namespace:
+        if datastore.namespace and str(datastore.cache_path) != os.devnull:
             contamination = await _contamination(datastore, repairs, repair=repair)
             if contamination is not None:
                 findings.append(_finding("namespace", f"objects of {contamination} inside it", passed=False))
     findings.extend(_caches(datastore))
-    passed = all(finding["passed"] for finding in findings)
     return {
-        "overallStatus": "pass" if passed else "fail",
-        "datastoreType": datastore.type,
-        "isCustom": datastore.is_custom,
-        "healthFindings": findings,
+        **_answer(datastore.type, datastore.is_custom, findings),
         "contaminationFinding": contamination,
         "repairs": repairs,
+    }
+
+
+def _open_for_doctor(source: str | None, namespace: str) -> OpenDatastore:
+    """With the repository's cache if there is a repository, else without one."""
+    try:
+        return open_for_command(source, os.environ, Path.cwd(), namespace=namespace)
+    except SettingsError as error:
+        if "--cache" not in error.remedy:
+            raise
+        return open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=Path(os.devnull))
+
+
+def _answer(kind: str, is_custom: bool, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "overallStatus": "pass" if all(finding["passed"] for finding in findings) else "fail",
+        "datastoreType": kind,
+        "isCustom": is_custom,
+        "healthFindings": findings,
+        "contaminationFinding": None,
+        "repairs": [],
     }
 
 
@@ -323,7 +386,7 @@ def _index_text(report: IndexReport) -> str:
 
 
 async def _contamination(datastore: OpenDatastore, repairs: list[str], *, repair: bool) -> str | None:
-    service = datastore.provider.create_sync_service(_repo_dir(datastore), str(_scratch_cache(datastore)))
+    service = datastore.provider.create_sync_service(_repo_dir(datastore), str(datastore.cache_path))
     look = partial(service.repair_namespace_contamination, namespace=datastore.namespace)
     report = await look(dry_run=True)
     if repair and report.total_foreign_objects:
@@ -332,12 +395,6 @@ async def _contamination(datastore: OpenDatastore, repairs: list[str], *, repair
         report = await look(dry_run=True)
     names = ", ".join(f"{found.namespace} ({found.object_count})" for found in report.foreign_namespaces)
     return names or None
-
-
-def _scratch_cache(datastore: OpenDatastore) -> Path:
-    if str(datastore.cache_path) != os.devnull:
-        return datastore.cache_path
-    raise SwampfsError("doctor needs a cache directory for a namespace", remedy="run it in the repository")
 
 
 def _caches(datastore: OpenDatastore) -> list[dict[str, Any]]:

@@ -19,8 +19,9 @@ import yaml
 from pydantic import BaseModel
 
 from swampfs.datastore.builtin import BUILTIN
-from swampfs.errors import DatastoreTypeError
+from swampfs.errors import DatastoreTypeError, SettingsError, SwampfsError
 from swampfs.provider import RESERVED_COLLECTIVES, DatastoreProvider, DatastoreType, check_type_name
+from swampfs.schemas import validate
 
 GROUP = "swampfs.datastores"
 DIRECTORY = Path("extensions") / "datastores"
@@ -45,7 +46,14 @@ class DatastoreTypes(NamedTuple):
         """Raises DatastoreTypeError for a type that is not there, SettingsError for a bad configuration."""
         found = self.types.get(type_name)
         if found is not None:
-            return found.create_provider(config)
+            validate(found.config_schema, dict(config), type_name)
+            try:
+                return found.create_provider(config)
+            except SwampfsError:
+                raise
+            except Exception as error:  # a stranger's code: its words, in one line
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise SettingsError(f"{type_name} could not be set up: {reason}") from error
         reasons = "; ".join(f"{broken.origin}: {broken.reason}" for broken in self.broken)
         raise DatastoreTypeError(
             f"there is no datastore type {type_name!r}" + (f" (not loaded: {reasons})" if reasons else ""),
@@ -61,7 +69,7 @@ def load_types(repo_dir: str | Path | None = None) -> DatastoreTypes:
     for origin, load in _sources(Path(repo_dir) if repo_dir is not None else None, broken):
         try:
             found = check_export(load())
-        except Exception as error:  # whatever a stranger's module does must not stop the others
+        except (Exception, SystemExit) as error:  # whatever a stranger's module does must not stop the others
             broken.append(BrokenExtension(origin, f"{type(error).__name__}: {error}"))
             continue
         if found.type in types:
@@ -107,7 +115,7 @@ def _modules(directory: Path, broken: list[BrokenExtension]) -> list[Path]:
         named = (yaml.safe_load(manifest.read_text(encoding="utf-8")) or {}).get("datastores", [])
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise DatastoreTypeError("datastores must be a list of file names")
-    except (OSError, AttributeError, yaml.YAMLError, DatastoreTypeError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError, DatastoreTypeError) as error:
         broken.append(BrokenExtension(str(manifest), " ".join(str(error).split())))
         return []
     return [directory / name for name in named]

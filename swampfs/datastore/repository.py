@@ -8,9 +8,20 @@ from typing import NamedTuple
 
 from swampfs.datastore.builtin import FILESYSTEM, provider_of
 from swampfs.datastore.extensions import BrokenExtension, load_types
-from swampfs.errors import SettingsError
+from swampfs.errors import HostileNameError, SettingsError
+from swampfs.names import check_name
 from swampfs.provider import DatastoreProvider
-from swampfs.settings import Backend, Repo, Source, find_repo, read_repo, resolve_source, source_of_repo, user_data_dir
+from swampfs.settings import (
+    MARKER,
+    Backend,
+    Repo,
+    Source,
+    find_repo,
+    read_repo,
+    resolve_source,
+    source_of_repo,
+    user_data_dir,
+)
 
 
 class OpenDatastore(NamedTuple):
@@ -72,7 +83,12 @@ def type_of(source: Source) -> str:
 
 def _cache_of(repo: Repo, env: Mapping[str, str]) -> Path:
     """Data model §1.3: shared by the clones of a repository on one machine, and with the swamp CLI."""
-    return user_data_dir(env) / "repos" / (repo.repo_id or "unknown")
+    name = repo.repo_id or "unknown"
+    try:
+        check_name(name)
+    except HostileNameError:
+        raise SettingsError(f"{repo.directory / MARKER}: repoId {name!r} is not an id", remedy="correct it") from None
+    return user_data_dir(env) / "repos" / name
 
 
 def _custom_repo(argument: str | None, env: Mapping[str, str], cwd: Path) -> tuple[Repo, str] | None:

@@ -56,14 +56,19 @@ def identity(found: os.stat_result) -> str:
 class Manifest:
     """SQLite store of :class:`Row`. Used by one thread at a time; several processes may have it open."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, datastore: str) -> None:
+        """``datastore`` identifies what the manifest is of: another one's says nothing about this one's files."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         try:
             self.db = open_database(path, MANIFEST, MANIFEST_VERSION, "NORMAL")
         except SchemaError:
             set_aside(path)
             self.db = open_database(path, MANIFEST, MANIFEST_VERSION, "NORMAL")
-
+        if self.fact("datastore") not in (None, datastore):
+            self.db.close()
+            set_aside(path)
+            self.db = open_database(path, MANIFEST, MANIFEST_VERSION, "NORMAL")
+        self.set_fact("datastore", datastore)
         self._lock = threading.RLock()
 
     def close(self) -> None:
@@ -96,6 +101,10 @@ class Manifest:
         if self.db.execute("SELECT 1 FROM file WHERE partition IS NULL AND base_size IS NOT NULL LIMIT 1").fetchone():
             return True
         return self.db.execute(f"SELECT 1 FROM file WHERE {lazy}{_PENDING} LIMIT 1").fetchone() is not None
+
+    def is_empty(self) -> bool:
+        """Whether the index, as last read, named nothing."""
+        return self.db.execute("SELECT 1 FROM file WHERE partition IS NOT NULL LIMIT 1").fetchone() is None
 
     def dangling(self) -> list[RelPath]:
         sql = "SELECT path FROM file WHERE partition IS NOT NULL AND dangling = 1"

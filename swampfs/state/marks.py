@@ -61,12 +61,12 @@ class MarkLog:
             found = {row[0] for row in self._db.execute("SELECT path FROM dirty WHERE at >= ?", (since,))}
         return found.intersection(paths)
 
-    def is_proven(self) -> bool:
-        """Whether the store was seen to honour conditional writes."""
-        return self._fact("preconditions_proven") is not None
+    def is_proven(self, store: str) -> bool:
+        """Whether a store was seen to honour conditional writes."""
+        return self._fact(f"proven:{store}") is not None
 
-    def note_proven(self) -> None:
-        self._db.execute("INSERT OR REPLACE INTO fact VALUES ('preconditions_proven', '1')")
+    def note_proven(self, store: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO fact VALUES (?, '1')", (f"proven:{store}",))
 
     def export(self, namespace: str) -> str | None:
         """Hash of the catalog last exported for a namespace; the sidecar has room for one only (spec §8.3)."""

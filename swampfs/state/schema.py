@@ -147,6 +147,11 @@ def is_disk_full(error: Exception) -> bool:
     return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
 
 
+def is_local_fault(error: BaseException) -> bool:
+    """Whether a failure is this machine's disk or database, not the datastore's or ours."""
+    return isinstance(error, OSError | sqlite3.Error | StateError)
+
+
 def set_aside(path: str) -> str:
     """Move a distrusted database and its side files out of the way; returns the new name."""
     aside = f"{path}.bad-{time.time_ns()}"

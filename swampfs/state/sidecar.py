@@ -241,11 +241,15 @@ class Sidecar:
     def _write(self, fields: Fields) -> None:
         temporary = os.path.join(self._directory, f".{uuid.uuid4()}.tmp")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(json.dumps(fields, indent=2, ensure_ascii=False))
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, self._path)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
+                file.write(json.dumps(fields, indent=2, ensure_ascii=False))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, self._path)
+        except OSError:
+            os.unlink(temporary)
+            raise
 
 
 def is_usable_fingerprint(field: str, fingerprint: str) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from swampfs.errors import AbsentError, NamespaceError, PreconditionError, SettingsError
-from swampfs.names import NAMESPACE_MANIFEST, Keyspace, check_namespace
-from swampfs.provider import ABSENT, NamespaceManifest
+from swampfs.errors import NamespaceError, PreconditionError, SettingsError
+from swampfs.names import NAMESPACE_MANIFEST, SYNCED_DIRECTORIES, Keyspace, check_namespace
+from swampfs.provider import ABSENT, NamespaceManifest, matching
 from swampfs.records import timestamp
 from swampfs.sync.remote import Remote
 
@@ -30,7 +30,8 @@ def decode_manifest(body: bytes, namespace: str) -> NamespaceManifest:
     """Tolerant of unknown fields; an unreadable manifest has no known owner."""
     try:
         raw: Any = msgspec.json.decode(body)
-        return NamespaceManifest(namespace, str(raw["repoId"]), str(raw.get("registeredAt", "")))
+        owner = raw["repoId"]
+        return NamespaceManifest(namespace, owner if isinstance(owner, str) else "", str(raw.get("registeredAt", "")))
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
         return NamespaceManifest(namespace, "", "")
 
@@ -55,22 +56,21 @@ class Namespaces:
         try:
             await self._remote.put(key, body, ABSENT)
         except PreconditionError:
-            owner = await self.owner(namespace)
-            if owner is not None and owner.repo_id not in ("", repo_id):
+            blob = await self._remote.get(key)
+            assert blob is not None
+            owner = decode_manifest(blob.body, namespace)
+            if not owner.repo_id:
+                raise NamespaceError(
+                    f'Namespace "{namespace}" is registered, but {key} cannot be read',
+                    remedy="see whose it is, and delete or repair that object",
+                ) from None
+            if owner.repo_id != repo_id:
                 raise NamespaceError(
                     f'Namespace "{namespace}" is already registered by repo {owner.repo_id}',
                     remedy="choose another name, or set this repository's repoId to that one",
                 ) from None
-            await self._remote.put(key, body)
+            await self._remote.put(key, body, matching(blob.info.etag))
         return manifest
-
-    async def owner(self, namespace: str) -> NamespaceManifest | None:
-        try:
-            blob = await self._remote.get(self._keys.key(f"{namespace}/{NAMESPACE_MANIFEST}"))
-        except AbsentError:
-            return None
-        assert blob is not None
-        return decode_manifest(blob.body, namespace)
 
     async def list(self) -> list[str]:
         """Valid slugs that have a manifest."""
@@ -102,6 +102,7 @@ async def foreign_objects(remote: Remote, keys: Keyspace) -> tuple[Counter[str],
         head, slash, rest = rel.removeprefix(inside).partition("/")
         if slash and rest == NAMESPACE_MANIFEST and head != keys.namespace:
             known.add(head)
+    known -= SYNCED_DIRECTORIES  # whatever manifest may lie there: these are everybody's own data
     count: Counter[str] = Counter()
     found = []
     for rel in rels:

@@ -144,7 +144,7 @@ def test_registering_first_come_first_served(world):
     trio.run(provider.register_namespace, "infra", "repo-1")
     with pytest.raises(NamespaceError, match='Namespace "infra" is already registered by repo repo-1'):
         trio.run(provider.register_namespace, "infra", "repo-2")
-    for bad in ("", "Infra", "a/b", "..", "-x", "x" * 65):
+    for bad in ("", "Infra", "a/b", "..", "-x", "x" * 65, "data", "outputs", "secrets"):
         with pytest.raises(SettingsError):
             trio.run(provider.register_namespace, bad, "repo")
     world.put("a/b/.namespace.json", b"{}")
@@ -208,3 +208,26 @@ def test_a_migration_of_a_namespace_stays_below_it(world):
         "infra/_index/data--test--m1--state.json",
     }
     assert compact(world.document("infra/_index/_meta.json")) == world.body("infra/_index/_meta.json")
+
+
+def test_a_manifest_that_cannot_be_read_is_nobodys_to_take(world):
+    for body in (b'{"namespace"', b"[]", b"null", b'{"repoId": null}'):
+        world.put("infra/.namespace.json", body)
+        with pytest.raises(NamespaceError, match="cannot be read"):
+            trio.run(world.provider().register_namespace, "infra", "repo-1")
+        assert world.body("infra/.namespace.json") == body
+
+
+def test_a_namespace_named_like_a_directory_costs_nobody_their_data(world):
+    """``data/.namespace.json``: a repair took all of ``infra/data/`` for that namespace's."""
+    cache = world.cache("a", "infra")
+    cache.write("data/test/m1/state/latest", b"precious")
+    cache.push()
+    world.put("data/.namespace.json", b'{"namespace":"data","repoId":"x"}')
+    report = cache.do("repair_namespace_contamination", namespace="infra", dry_run=False)
+    assert report.deleted == 0
+    assert world.body("infra/data/test/m1/state/latest") == b"precious"
+    solo = world.cache("b")
+    solo.put("data/.namespace.json", b"{}")
+    solo.write("data/test/m2/state/latest", b"mine")
+    assert solo.push() == 1

@@ -7,7 +7,13 @@ import json
 import pytest
 import trio
 
-from swampfs.errors import HostileNameError, StoreUnreachableError, UnpartitionableError
+from swampfs.errors import (
+    CacheError,
+    HostileNameError,
+    IndexCorruptError,
+    StoreUnreachableError,
+    UnpartitionableError,
+)
 from tests.caches import MODEL, When, compact, entry
 
 FILES = {f"{MODEL}/1/raw": b"one", f"{MODEL}/latest": b"1", "audit/a.jsonl": b"{}"}
@@ -212,10 +218,56 @@ def test_downloads_of_a_dead_process_are_cleared_and_those_of_a_live_one_are_not
 
 def test_a_namespace_may_have_any_name(world):
     """Also those of our own files."""
-    for name in ("solo", "marks", "data", "audit"):
+    for name in ("solo", "marks", "ns-x"):
         cache = world.cache("shared", name)
         cache.write("audit/x", name.encode())
         assert cache.push() == 1
     solo = world.cache("shared")
     assert solo.pull() >= 0
     assert [world.body(f"{name}/audit/x") for name in ("solo", "marks")] == [b"solo", b"marks"]
+
+
+def test_a_cache_that_is_given_another_datastore_loses_nothing(world, tmp_path):
+    """A changed prefix in ``.swamp.yaml``, or two repositories without an id: not a thousand deletions."""
+    world.load(FILES, "v2")
+    cache = world.cache("a")
+    cache.pull()
+    cache.provider = world.provider(prefix="elsewhere")
+    cache.service = cache.provider.create_sync_service("/repo", str(cache.directory))
+    assert cache.pull() == 0
+    assert cache.files() == set(FILES)
+
+
+@pytest.mark.parametrize("index", ["v1", "v2"])
+def test_a_datastore_that_lost_everything_is_an_error_and_no_deletion(world, index):
+    world.load(FILES, index)
+    cache = world.cache("a")
+    cache.pull()
+    world.bucket.objects.clear()
+    for call in (cache.pull, cache.push):
+        with pytest.raises(IndexCorruptError, match="neither an index nor files any more"):
+            call()
+    assert cache.files() == set(FILES)
+    world.load({}, index)  # an index that lists nothing is an answer
+    world.put(".datastore-index.json", {"version": 1, "entries": {}})
+    cache.pull()
+    assert cache.files() == set()
+
+
+def test_faults_of_this_machines_disk_are_one_kind_of_error(world):
+    """A locked database, a file where a directory should be: nothing raw, nothing lost."""
+    import sqlite3
+
+    broken = world.directory / "broken"
+    broken.write_bytes(b"a file")
+    with pytest.raises(CacheError, match="broken"):
+        world.provider().create_sync_service("/repo", str(broken))
+    cache = world.cache("a")
+    cache.write("audit/a", b"1")
+    cache.service._log._db.execute("PRAGMA busy_timeout=50")
+    other = sqlite3.connect(cache.directory / "_index/marks.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(CacheError, match="database is locked"):
+        cache.mark("audit/b")
+    other.close()
+    assert cache.push() == 1

@@ -385,3 +385,12 @@ def test_an_older_reading_never_replaces_a_newer_one(loaded):
     assert parts.manifest.apply(old, known) is False
     assert one.pull() == 0
     assert one.read("audit/c.jsonl") == b"c"
+
+
+def test_a_marked_file_is_not_moved_for_a_directory_of_the_same_name(loaded):
+    cache = loaded.cache("a")
+    cache.write(f"{MODEL}", b"a file where the datastore has a directory")
+    with pytest.raises(TransferError, match="is a file here with changes to push"):
+        cache.pull()
+    assert cache.read(MODEL) == b"a file where the datastore has a directory"
+    assert "audit/a.jsonl" in cache.files()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,10 @@ def test_a_sync_beside_a_mount_goes_through_it(home, repo, run, bucket, fleet):
     assert not cache(home).exists()
     code, out, _ = run("doctor", cwd=repo)
     assert f"{machine.mountpoint}: healthy, 0 change(s) to push" in out
+    (machine.path / "audit/c.jsonl").write_bytes(b"not yet")
+    code, out, _ = run("sync", "--dry-run", "--json", cwd=repo)
+    assert (code, json.loads(out)["pushed"]) == (0, False)
+    assert "audit/c.jsonl" not in bucket.keys()
     machine.umount()
     wait_for(lambda: not os.path.ismount(machine.mountpoint), "unmounted")
 
@@ -150,9 +156,9 @@ def test_a_sync_beside_a_mount_goes_through_it(home, repo, run, bucket, fleet):
     ],
 )
 def test_bad_input_is_one_clear_line(run, arguments, code, says):
-    found, _, error = run(*arguments)
+    found, out, error = run(*arguments)
     assert found == code
-    assert says in error
+    assert says in out + error
     assert "Traceback" not in error
 
 
@@ -166,26 +172,64 @@ def test_a_held_lock_ends_the_push_with_its_holder(home, repo, run, bucket, monk
     assert "held by ana@build-7 (pid 1) — timed out after" in error
 
 
-def test_an_interrupted_sync_gives_its_lock_back(home, repo, bucket):
-    import signal
-    import time
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sync_stops_soon_and_gives_its_lock_back(home, repo, bucket, number):
 
     load_monolith(bucket, FILES)
     cache(home).mkdir(parents=True)
-    for number in range(3000):
-        path = cache(home) / f"audit/{number}.jsonl"
+    for name in range(3000):
+        path = cache(home) / f"audit/{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x" * 2000)
     env = {**os.environ, **bucket.env, "SWAMP_HOME": str(home / "swamp"), "HOME": str(home)}
     process = subprocess.Popen([sys.executable, "-m", "swampfs", "sync", "--push", str(repo)], env=env,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     wait_for(lambda: ".datastore.lock" in bucket.keys(), "the lock is taken")
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(number)
     _, error = process.communicate(timeout=30)
-    assert process.returncode in (0, 130), error
+    assert process.returncode == 130, error
+    assert len(bucket.keys()) < 2500
     assert "Traceback" not in error
     assert ".datastore.lock" not in bucket.keys()
+
+
+def test_the_timeout_covers_the_wait_for_the_lock(repo, run, bucket):
+    load_monolith(bucket, FILES)
+    bucket.put(".datastore.lock", b'{"holder":"ana@build-7","hostname":"build-7","pid":1,'
+               b'"acquiredAt":"2026-11-21T00:00:00.000Z","ttlMs":30000,"nonce":"n"}')  # fmt: skip
+    started = time.monotonic()
+    code, _, error = run("sync", "--push", "--timeout", "1", cwd=repo)
+    assert time.monotonic() - started < 10
+    assert code == 2
+    assert "push did not end within 1000ms" in error
+
+
+@pytest.mark.parametrize("value", ["²", "9" * 400, "-1", "x"])
+def test_nonsense_in_the_environment_is_ignored(repo, run, bucket, monkeypatch, value):
+    load_monolith(bucket, FILES)
+    monkeypatch.setenv("SWAMP_DATASTORE_SYNC_TIMEOUT_MS", value)
+    monkeypatch.setenv("SWAMP_LOCK_TIMEOUT_MS", value)
+    assert run("sync", cwd=repo) == (0, "3 file(s) pulled, 0 file(s) pushed\n", "")
+
+
+def test_a_repository_id_does_not_choose_the_directory(home, repo, run, bucket):
+    load_monolith(bucket, FILES)
+    marker = repo / ".swamp.yaml"
+    marker.write_text(marker.read_text().replace("repo-1", "../../../evil"))
+    code, _, error = run("sync", cwd=repo)
+    assert code == 1
+    assert "repoId '../../../evil' is not an id" in error
+    assert not (home.parent / "evil").exists()
+
+
+def test_the_doctor_says_what_is_wrong_with_the_configuration(repo, run):
+    marker = repo / ".swamp.yaml"
+    marker.write_text(json.dumps({"repoId": "repo-1", "datastore": {"type": "@acme/unknown"}}))
+    code, out, _ = run("doctor", "--json", cwd=repo)
+    answer = json.loads(out)
+    assert (code, answer["overallStatus"]) == (1, "fail")
+    assert "there is no datastore type '@acme/unknown'" in str(answer["healthFindings"])
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_line(home, repo, run, bucket):

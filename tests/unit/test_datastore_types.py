@@ -65,6 +65,7 @@ def test_a_manifest_names_what_is_loaded(repo):
     [
         ("import nothing_of_that_name", "ModuleNotFoundError"),
         ("raise SystemError('odd')", "SystemError: odd"),
+        ("import sys; sys.exit(7)", "SystemExit: 7"),
         ("x = 1", "exports nothing named datastore"),
         ("datastore = object()", "has no type, name, description"),
         (GOOD.format(type="Bad Name"), "'Bad Name' is not a datastore type"),
@@ -120,3 +121,20 @@ def test_installed_packages_announce_theirs_as_entry_points(monkeypatch, repo):
 def test_a_bad_configuration_names_each_bad_field():
     with pytest.raises(SettingsError, match=r"@swamp/s3-datastore: pullConcurrency: .*; bucket: "):
         create_provider("@swamp/s3-datastore", {"bucket": "X", "pullConcurrency": 0})
+
+
+def test_a_manifest_that_is_not_text_is_reported(repo):
+    path, _ = repo
+    (path / "extensions/datastores/manifest.yaml").write_bytes(b"\xff\xfe\x00")
+    assert len(load_types(path).broken) == 1
+
+
+def test_the_schema_of_an_extension_is_applied_and_its_failures_are_one_line(repo):
+    path, add = repo
+    text = GOOD.format(type="@acme/memory")
+    text = text.replace("    pass", "    file: str").replace("lambda config: Obj", "lambda config: 1 / 0 or Obj")
+    add("memory.py", text)
+    with pytest.raises(SettingsError, match="@acme/memory: file: Field required"):
+        create_provider("@acme/memory", {}, repo_dir=path)
+    with pytest.raises(SettingsError, match="@acme/memory could not be set up: ZeroDivisionError: division by zero"):
+        create_provider("@acme/memory", {"file": "x"}, repo_dir=path)

@@ -12,7 +12,7 @@ import trio
 from swampfs.errors import IndexCorruptError
 from swampfs.names import Keyspace
 from swampfs.provider import RemoteIndex
-from swampfs.records import Finding, IndexDelta, Watermark
+from swampfs.records import Finding, IndexDelta, IndexMode, Watermark
 from swampfs.state.manifest import Manifest
 from swampfs.state.sidecar import Sidecar
 from swampfs.sync.cache.tree import CacheTree
@@ -59,8 +59,22 @@ class CacheParts:
             delta = await self._read(known, covers)
             if delta is None:
                 return Refreshed(moved=False, current=True)
+            self._check_not_emptied(delta)
             if await self.remote.threads.write(Lane.DISK, self.manifest.apply, delta, known, covers):
                 return Refreshed(moved=True, current=delta.complete)
+
+    def _check_not_emptied(self, delta: IndexDelta) -> None:
+        """A datastore that lost everything, its index too, is more likely the wrong place than a thousand deletions.
+
+        An index that lists nothing is a definite answer; a missing one beside an empty listing is not (rule 5).
+        """
+        if delta.watermark.mode is IndexMode.LISTING and not any(p.entries for p in delta.changed.values()):
+            known = self.manifest.watermark().mode
+            if known is not IndexMode.UNKNOWN and not self.manifest.is_empty():
+                raise IndexCorruptError(
+                    f"{self.remote.name} has neither an index nor files any more; nothing was changed here",
+                    remedy="check bucket, prefix or mount; if this was done on purpose, delete the cache's _index/*.db",
+                )
 
     async def _read(self, known: Watermark, covers: Callable[[str], bool] | None) -> IndexDelta | None:
         attempts = _SHARD_ATTEMPTS

@@ -72,6 +72,7 @@ class CachePuller:
                    lazy: bool) -> int:  # fmt: skip
         """Returns how many files were downloaded. Raises TransferError naming what could not be."""
         self._tree.make()
+        self._tree.is_marked = marks.paths.__contains__
         if lazy:
             self._parts.sidecar.set_lazy(active=True)  # before anything is left out: absence must not mean deletion
         sidecar = self._parts.sidecar.load()

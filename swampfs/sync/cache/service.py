@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from swampfs.errors import HostileNameError, NamespaceError
+from swampfs.errors import CacheError, HostileNameError, NamespaceError
 from swampfs.names import Keyspace, ModelRef, RelPath, check_namespace, is_internal, rel_path
 from swampfs.provider import (
     AbortSignal,
@@ -30,6 +30,7 @@ from swampfs.provider import (
 )
 from swampfs.state.manifest import Manifest
 from swampfs.state.marks import MarkLog
+from swampfs.state.schema import is_local_fault
 from swampfs.state.sidecar import Sidecar
 from swampfs.sync.cache.decide import covers_path
 from swampfs.sync.cache.marks import MarkBook
@@ -77,9 +78,10 @@ class CacheSyncService:
         self._make_index = make_index
         self._root = os.path.abspath(cache_path)
         own = os.path.join(self._root, OWN)
-        os.makedirs(own, mode=0o700, exist_ok=True)
-        self._sidecar = Sidecar(self._root, fingerprint_field, os.path.join(own, ".lock"))
-        self._log = MarkLog(os.path.join(own, "marks.db"))
+        with _local_faults(self._root):
+            os.makedirs(own, mode=0o700, exist_ok=True)
+            self._sidecar = Sidecar(self._root, fingerprint_field, os.path.join(own, ".lock"))
+            self._log = MarkLog(os.path.join(own, "marks.db"))
         self._book = MarkBook(self._log, self._sidecar, self._root, "")
         self._held = held
         self._two_phase = two_phase
@@ -115,7 +117,7 @@ class CacheSyncService:
     ) -> int:
         bound = self._bind(namespace)
         models = [ModelRef(model.type, model.id) for model in context.models] if context else []
-        with _heeding(signal):
+        with _heeding(signal), _local_faults(self._root):
             return await bound.puller.pull(models, bound.book.now(), signal, lazy=metadata_only)
 
     async def push_changed(
@@ -126,7 +128,7 @@ class CacheSyncService:
         namespace: str | None = None,
     ) -> int:
         bound = self._bind(namespace)
-        with _heeding(signal):
+        with _heeding(signal), _local_faults(self._root):
             manifest = await bound.pusher.prepare(signal)
             return await bound.pusher.commit(manifest, signal)
 
@@ -138,23 +140,24 @@ class CacheSyncService:
         namespace: str | None = None,
     ) -> PushManifest:
         bound = self._bind(namespace)
-        with _heeding(signal):
+        with _heeding(signal), _local_faults(self._root):
             return await bound.pusher.prepare(signal)
 
     async def commit_push(
         self, manifest: PushManifest, *, signal: AbortSignal | None = None, namespace: str | None = None
     ) -> int:
         bound = self._current(namespace)  # H27: never to the root because nothing was bound
-        with _heeding(signal):
+        with _heeding(signal), _local_faults(self._root):
             return await bound.pusher.commit(manifest, signal)
 
     async def preview_push(self, *, signal: AbortSignal | None = None, namespace: str | None = None) -> PushPreview:
         bound = self._bind(namespace)
-        with _heeding(signal):
+        with _heeding(signal), _local_faults(self._root):
             return await bound.pusher.preview()
 
     async def mark_dirty(self, *, rel_path: str | None = None) -> None:
-        self._book.mark(rel_path)
+        with _local_faults(self._root):
+            self._book.mark(rel_path)
 
     # --- one file -----------------------------------------------------------------------------------------
 
@@ -167,7 +170,7 @@ class CacheSyncService:
         if is_internal(rel):
             return False
         bound = self._current(None)
-        with _heeding(signal):
+        with _heeding(signal), _local_faults(self._root):
             await bound.parts.refresh(lambda name: covers_path(name, rel))
             bound.parts.tree.make()
             return await bound.puller.hydrate(rel, bound.book.now())
@@ -241,7 +244,8 @@ class CacheSyncService:
 
     def _made(self, namespace: str) -> _Bound:
         if self._bound is None:
-            self._bound = self._make(namespace)
+            with _local_faults(self._root):
+                self._bound = self._make(namespace)
         return self._bound
 
     def _make(self, namespace: str) -> _Bound:
@@ -250,15 +254,18 @@ class CacheSyncService:
         tree = CacheTree(self._root, namespace)
         tree.make()
         tree.clear_staging()
-        manifest = Manifest(os.path.join(self._root, OWN, f"ns-{namespace}.db" if namespace else "solo.db"))
+        manifest = Manifest(
+            os.path.join(self._root, OWN, f"ns-{namespace}.db" if namespace else "solo.db"),
+            f"{self._remote.name}|{self._keys.prefix}",
+        )
         pull_width, push_width = self._widths
         parts = CacheParts(self._remote, keys, index, tree, manifest, self._sidecar, pull_width, push_width)
         book = MarkBook(self._log, self._sidecar, self._root, namespace)
 
         async def prove() -> None:
-            if self._two_phase and not self._log.is_proven():
+            if self._two_phase and not self._log.is_proven(self._remote.name):
                 await prove_preconditions(self._remote, keys.data("_control/swampfs/precondition-probe"))
-                self._log.note_proven()
+                self._log.note_proven(self._remote.name)
 
         return _Bound(
             parts, book, CachePuller(parts, book), CachePusher(parts, book, check_locks=self._held.check, prove=prove)
@@ -271,6 +278,19 @@ class CacheSyncService:
         if head and not rel.startswith(head):
             raise HostileNameError(f"{path} is not in the namespace {self._namespace}, which this service is bound to")
         return RelPath(rel.removeprefix(head))
+
+
+@contextmanager
+def _local_faults(root: str) -> Iterator[None]:
+    """Raises CacheError for whatever this machine's disk or databases refuse."""
+    try:
+        yield
+    except Exception as error:
+        if not is_local_fault(error):
+            raise
+        where = getattr(error, "filename", None) or root
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CacheError(f"the cache {root} cannot be used: {where}: {reason}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ alone. Nothing is read or written through a symbolic link, also not one in place
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,11 +15,11 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from swampfs.errors import HostileNameError
-from swampfs.names import NAMESPACE_MANIFEST, RelPath, is_internal, is_publishable, rel_path
+from swampfs.names import NAMESPACE_MANIFEST, SYNCED_DIRECTORIES, RelPath, is_internal, is_publishable, rel_path
 
 OWN = "_index"
 IN_MEMORY = 4 << 20
@@ -52,6 +53,8 @@ class CacheTree:
         self._staging = os.path.join(self.own, "staging")
         self._conflicts = os.path.join(self.own, "conflicts")
         self._strays_told = False
+        self.is_marked: Callable[[str], bool] = lambda rel: False
+        """Which files a pull must leave in place; set when it begins."""
         self._safe: set[str] = set()  # directories seen to be real ones since the last operation began
 
     def make(self) -> None:
@@ -118,7 +121,9 @@ class CacheTree:
 
     def _is_foreign(self, name: str) -> bool:
         """A directory that is another namespace's (spec §5.4), also nested by an old contamination (H32)."""
-        return "/" not in name and os.path.exists(os.path.join(self.path(name), NAMESPACE_MANIFEST))
+        if "/" in name or name in SYNCED_DIRECTORIES:
+            return False
+        return os.path.exists(os.path.join(self.path(name), NAMESPACE_MANIFEST))
 
     def strays(self) -> list[str]:
         """Top-level names of a namespaced cache that belong to no namespace: old solo leftovers. Told of once."""
@@ -182,6 +187,8 @@ class CacheTree:
             at = at.rpartition("/")[0]
             found = self.stat(at)
             if found is not None and stat.S_ISREG(found.st_mode):
+                if self.is_marked(at):
+                    raise FileExistsError(errno.EEXIST, f"{at} is a file here with changes to push")
                 self.keep_aside(at, self.path(at), {"why": "is a directory in the datastore"})
 
     def remove(self, rel: str) -> None:
