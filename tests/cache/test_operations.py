@@ -271,3 +271,15 @@ def test_faults_of_this_machines_disk_are_one_kind_of_error(world):
         cache.mark("audit/b")
     other.close()
     assert cache.push() == 1
+
+
+def test_secrets_are_neither_published_nor_fetched(world):
+    """Lesson 49."""
+    world.put("secrets/local_encryption/v/k.enc", b"somebody's")
+    cache = world.cache("a")
+    assert cache.do("hydrate_file", "secrets/local_encryption/v/k.enc") is False
+    assert cache.pull() == 0
+    cache.write("secrets/local_encryption/v/mine.enc", b"mine")
+    cache.mark()
+    assert cache.push() == 0
+    assert world.keys() == {"secrets/local_encryption/v/k.enc"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swampfs.errors import CacheError, HostileNameError, NamespaceError
-from swampfs.names import Keyspace, ModelRef, RelPath, check_namespace, is_internal, rel_path
+from swampfs.names import Keyspace, ModelRef, RelPath, check_namespace, is_servable, rel_path
 from swampfs.provider import (
     AbortSignal,
     ContaminationReport,
@@ -167,8 +167,8 @@ class CacheSyncService:
         Raises HostileNameError, IntegrityError, StoreError.
         """
         rel = self._inside(rel_path)
-        if is_internal(rel):
-            return False
+        if not is_servable(rel):
+            return False  # internal, or a secret that somebody put there (lesson 49)
         bound = self._current(None)
         with _heeding(signal), _local_faults(self._root):
             await bound.parts.refresh(lambda name: covers_path(name, rel))
