@@ -368,6 +368,7 @@ class DatastoreSuite:
         preview = one.do("preview_push")
         assert (preview.total, preview.new, preview.changed, preview.deleted) == (1, 1, 0, 0)
         if not one.service.capabilities().two_phase_sync:
+            # There, preparing is publishing; what else a preview promises was shown above.
             pytest.skip("a datastore whose objects are their own index")
         manifest = one.do("prepare_push")
         assert (manifest.pushed, manifest.deleted) == (1, 0)

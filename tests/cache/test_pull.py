@@ -394,3 +394,40 @@ def test_a_marked_file_is_not_moved_for_a_directory_of_the_same_name(loaded):
         cache.pull()
     assert cache.read(MODEL) == b"a file where the datastore has a directory"
     assert "audit/a.jsonl" in cache.files()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_file_written_while_its_removal_is_planned_stays(loaded, monkeypatch, marked):
+    """Deleted there, untouched here, and then its writer comes between our look and our removal."""
+    one, two = loaded.cache("a"), loaded.cache("b")
+    one.pull()
+    two.pull()
+    one.remove("audit/a.jsonl")
+    one.push()
+    puller = two.service._bound.puller
+    real = puller._plan
+
+    def plan_and_write(*args, **options):
+        plan = real(*args, **options)
+        if marked:
+            two.service._book.mark("audit/a.jsonl")
+        else:
+            two.put("audit/a.jsonl", b"mine")
+        return plan
+
+    monkeypatch.setattr(puller, "_plan", plan_and_write)
+    two.pull()
+    assert two.read("audit/a.jsonl") == (b"{}" if marked else b"mine")
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_old_one(loaded, monkeypatch):
+    """An error is not a hash: without one on either side, nothing says that the file is unchanged."""
+    one, two = loaded.cache("a"), loaded.cache("b")
+    one.pull()
+    two.pull()
+    two.service._bound.parts.manifest.db.execute("UPDATE file SET base_sha256 = NULL, stat = ''")
+    one.remove("audit/a.jsonl")
+    one.push()
+    monkeypatch.setattr(two.service._bound.puller, "_local_hash", lambda rel: None)
+    two.pull()
+    assert two.read("audit/a.jsonl") == b"{}"

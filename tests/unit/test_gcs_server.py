@@ -200,6 +200,7 @@ def test_errors_have_the_form_of_the_api(gcs, path, status, reason):
 
 def test_a_failure_can_be_ordered_for_the_next_request(gcs, bucket):
     if LIVE:
+        # Only the server of our own can be told to fail.
         pytest.skip("the service takes no orders")
     gcs.failures.append(Refusal(503, "backendError", "try again"))
     with pytest.raises(api.ServiceUnavailable):

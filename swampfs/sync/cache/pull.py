@@ -90,7 +90,7 @@ class CachePuller:
             return 0
         await self._judge_parked()
         plan = await self._parts.remote.threads.write(Lane.DISK, lambda: self._plan(models, marks, lazy=lazy))
-        self._carry_out_locally(plan)
+        self._carry_out_locally(plan, marks.cut)
         fetched = await self._fetch(plan, marks.cut, signal)
         if not models:
             self._note_verified(lazy=lazy)
@@ -151,10 +151,16 @@ class CachePuller:
         found = self._tree.stat(row.path)
         if found is None:
             plan.absent.append(row.path)
-        elif row.is_untouched(found) or self._local_hash(row.path) == (row.base.sha256 if row.base else None):
+        elif row.is_untouched(found) or self._has_base_content(row):
             plan.remove.append(row.path)
+            plan.seen[row.path] = identity(found)
         else:
             log.info("%s was deleted in the datastore and changed here: kept", row.path)
+
+    def _has_base_content(self, row: Row) -> bool:
+        """By hash. A file that cannot be read has no known content, so it is never taken for the old one."""
+        digest = self._local_hash(row.path)
+        return digest is not None and row.base is not None and digest == row.base.sha256
 
     def _plan_entry(self, row: Row, entry: IndexEntry, marks: Marks, plan: Plan, *, lazy: bool) -> None:
         found = self._tree.stat(row.path)
@@ -192,11 +198,11 @@ class CachePuller:
 
     def _replace(self, row: Row, entry: IndexEntry, found: os.stat_result, plan: Plan, *, lazy: bool) -> None:
         """Untouched here, moved on there. A metadata-only pull lets old lazy content go instead."""
+        plan.seen[entry.path] = identity(found)
         if lazy:
             plan.remove.append(row.path)
         else:
             plan.fetch.append(entry)
-            plan.seen[entry.path] = identity(found)
 
     def _local_hash(self, rel: str) -> str | None:
         try:
@@ -207,16 +213,24 @@ class CachePuller:
 
     # --- doing --------------------------------------------------------------------------------------------
 
-    def _carry_out_locally(self, plan: Plan) -> None:
+    def _remove(self, rel: RelPath, seen: str, cut: int) -> bool:
+        """Remove a copy that the plan found untouched, unless it was written or marked since (H13)."""
+        found = self._tree.stat(rel)
+        if found is not None and (identity(found) != seen or self._book.was_marked(rel, cut)):
+            log.info("%s was changed here meanwhile: kept", rel)
+            return False
+        self._tree.remove(rel)
+        return True
+
+    def _carry_out_locally(self, plan: Plan, cut: int) -> None:
         for rel in plan.aside:
             self._tree.keep_aside(rel, self._tree.path(rel), {"why": "differed from the datastore, origin unknown"})
             log.info("%s differed from the datastore and was kept in %s", rel, self._tree.own)
-        for rel in plan.remove:
-            self._tree.remove(rel)
+        removed = [rel for rel in plan.remove if self._remove(rel, plan.seen[rel], cut)]
         for directory in dict.fromkeys(plan.directories):
             os.makedirs(self._tree.path(directory), exist_ok=True)
         self._manifest.set_bases(plan.adopt)
-        self._manifest.forget_bases([*plan.remove, *plan.absent])
+        self._manifest.forget_bases([*removed, *plan.absent])
 
     async def _fetch(self, plan: Plan, cut: int, signal: AbortSignal | None) -> int:
         """Download, verify, admit. Returns how many files. Raises TransferError.
@@ -288,7 +302,7 @@ class CachePuller:
             return True
         plan = Plan([], {}, [], [], [], [], [])
         self._plan_entry(row._replace(dangling=False), row.entry, marks, plan, lazy=False)
-        self._carry_out_locally(plan)
+        self._carry_out_locally(plan, marks.cut)
         try:
             await self._fetch(plan, marks.cut, None)
         except TransferError as error:
