@@ -25,20 +25,24 @@ from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
 from swampfs.fs.attributes import Owner
+from swampfs.fs.guard import Guard, is_family
 from swampfs.fs.localtier import LocalTier
+from swampfs.fs.lockfiles import LockFiles
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.writeback import Writeback
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
-from swampfs.names import RelPath, rel_path
+from swampfs.names import RelPath, lease_path, rel_path
 from swampfs.settings import Backend, MountSettings
+from swampfs.sync.leases import LONGEST_S, Leases
 from swampfs.sync.service import SyncService
 from swampfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
 _UNMOUNT_FLUSH_S = 60.0
+_LOCK_SHARE = 0.8  # of an operation's time, for waiting for a lock; the rest is for what it guards
 
 
 def lock_state_dir(directory: Path) -> int:
@@ -156,7 +160,9 @@ class Mount:
             "hydrated": totals["clean"] + totals["dirty"],
             "dirty": len(pending),
             "pending": pending[:100],
-            "locks": [str(model) for model in self.writeback.waiting_for],
+            "locks": self.sync.leases.as_json(),
+            "lostLocks": self.sync.leases.lost,
+            "offline": self.sync.leases.offline_since is not None,
             "conflicts": len(self.sync.cache.conflicts()),
             "findings": [finding._asdict() for finding in self.sync.catalog.findings()[:100]],
             "openFiles": len(self.fs.files),
@@ -174,6 +180,7 @@ class Mount:
             wanted = None if paths is None else [rel_path(path) if path else RelPath("") for path in paths]
             if not self.settings.read_only:  # what an earlier mount left in the journal waits for one that may push
                 await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
+                await self.sync.leases.give_back_idle()
             return {"pending": len(self.writeback.pending())}
 
         async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +255,8 @@ async def _start(
         prove=datastore.prove,
         start_soon=nursery.start_soon,
         timeout_s=settings.timeout_s,
-        lock_timeout_s=settings.lock_timeout_s,
+        lock_wait_s=settings.timeout_s * _LOCK_SHARE,
+        queue_offline=settings.queue_offline,
     )
     at_end.callback(sync.close)
     pending = await sync.open(writable=not settings.read_only)
@@ -268,26 +276,57 @@ def _compose(
 ) -> Mount:
     """Join the parts and attach to the kernel."""
     invalidator = session.Invalidator(datastore.remote.threads)
-    sync.on_changes = invalidator
+    sync.on_changes, sync.settle = invalidator, invalidator.settle
     touched: list[Callable[[RelPath], None]] = []
+    owner = Owner(settings.uid, settings.gid)
+    locks = LockFiles(
+        sync.leases,
+        datastore.remote,
+        datastore.keys,
+        owner=owner,
+        make_lock=lambda key: datastore.make_lock(key, lambda key, nonce: None),
+        start_soon=nursery.start_soon,
+    )
     fs = FileSystem(
         sync,
         LocalTier(f"/proc/self/fd/{beneath}", settings.tiers),
-        owner=Owner(settings.uid, settings.gid),
+        owner=owner,
         read_only=settings.read_only,
         on_dirty=lambda path: touched[0](path),
         invalidate=invalidator,
+        guard=Guard(sync.leases),
+        locks=locks,
     )
     writeback = Writeback(sync, settings.push_delay_s)
     touched.append(writeback.touch)
     refresh = Refresh(sync, settings.refresh_s)
+    _join_leases(sync.leases, fs, writeback, settings)
+    locks.publish = lambda lock: _publish(sync.leases, writeback, lock, settings.timeout_s * _LOCK_SHARE)
     session.mount(fs, settings)
     nursery.start_soon(invalidator.run)
     nursery.start_soon(refresh.run)
     if not settings.read_only:
         writeback.touch_all()
         nursery.start_soon(writeback.run)
+        nursery.start_soon(sync.leases.run)
     return Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event())
+
+
+def _join_leases(leases: Leases, fs: FileSystem, writeback: Writeback, settings: MountSettings) -> None:
+    """What decides when a lock is given back: changes to push, files being written."""
+    leases.is_pending = writeback.is_pending
+    leases.is_written = fs.files.has_changing
+    leases.hurry = writeback.hurry
+    leases.is_family = is_family
+    leases.longest_s = max(LONGEST_S, 2 * settings.push_delay_s)
+
+
+async def _publish(leases: Leases, writeback: Writeback, lock: RelPath, timeout_s: float) -> None:
+    """Before a user's lock is given up: commit what was written under it and under our own locks."""
+    mine = [path for path in writeback.pending() if lease_path(path) == lock or leases.holds(lease_path(path))]
+    if mine:
+        await writeback.flush(mine, timeout_s, even_open=True)
+    await leases.give_back_idle()
 
 
 async def _serve(mount: Mount, env: Mapping[str, str], nursery: trio.Nursery, on_ready: Callable[[], None]) -> None:
@@ -312,6 +351,7 @@ async def _serve(mount: Mount, env: Mapping[str, str], nursery: trio.Nursery, on
         nursery.start_soon(serve_kernel)
         on_ready()
         await mount.stop.wait()
+        await mount.sync.leases.close()
     finally:
         record.unlink(missing_ok=True)
         socket_path.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ SYNCED_DIRECTORIES = frozenset(
 )
 ROOT_PARTITION = "_root"
 NAMESPACE_MANIFEST = ".namespace.json"
+GLOBAL_LOCK_FILE = ".datastore.lock"
 
 _LOCAL_TOP = frozenset({"secrets", "pulled-extensions"})
 _LOCAL_DATABASES = ("_catalog.db", "_extension_catalog.db", "run_tracker.db")
@@ -41,7 +42,7 @@ _INTERNAL_ROOT_FILES = frozenset(
     [
         ".datastore-index.json",
         ".push-queue.json",
-        ".datastore.lock",
+        GLOBAL_LOCK_FILE,
         ".datastore-sync-state.json",
         ".datastore-dirty.log",
     ]
@@ -237,6 +238,36 @@ def model_of(rel: str) -> ModelRef | None:
     return None
 
 
+# --- locks -----------------------------------------------------------------------------------------------
+
+LEASES = "_control/swampfs/leases"
+
+
+def lease_path(rel: str) -> RelPath:
+    """The lock under which a path is written, relative to the namespace root.
+
+    A model's files have the model's lock, which swamp takes too. Everything else has a lock among mounts only, one for
+    each directory of the second level: swamp writes those paths once and locks them with the global lock.
+    """
+    model = model_of(rel)
+    if model is not None:
+        return model.lock_path
+    directory = "/".join(parent_of(RelPath(rel)).split("/")[:2])
+    return RelPath(f"{LEASES}/{directory}.lock")
+
+
+def is_model_lock(rel: str) -> bool:
+    return rel.startswith("data/") and rel.endswith("/.lock") and rel.count("/") >= 3
+
+
+def is_lock_file(rel: str) -> bool:
+    """Names that swamp's processes lock by (data model §7.1)."""
+    if rel == GLOBAL_LOCK_FILE or is_model_lock(rel):
+        return True
+    head, _, base = rel.partition("/")
+    return head == ".locks" and base.endswith(".lock") and "/" not in base and bool(_NAMESPACE.match(base[:-5]))
+
+
 # --- keys ------------------------------------------------------------------------------------------------
 
 
@@ -291,3 +322,9 @@ class Keyspace(NamedTuple):
 
     def model_lock(self, model: ModelRef) -> str:
         return self.data(model.lock_path)
+
+    def lock(self, rel: RelPath) -> str:
+        """Key of a lock by its path: the global lock of a namespace lies at the root, whatever is mounted."""
+        if rel == GLOBAL_LOCK_FILE:
+            return self.global_lock
+        return self.key(rel) if rel.startswith(".locks/") else self.data(rel)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 
-from swampfs.names import ModelRef, RelPath
+from swampfs.names import RelPath
 
 _LAST_NS = 253_402_300_799_999_000_000  # end of the year 9999; file times can be further out
 
@@ -216,6 +216,6 @@ class PushReport(NamedTuple):
     pushed: int = 0
     deleted: int = 0
     conflicts: tuple[str, ...] = ()
-    waiting: tuple[ModelRef, ...] = ()  # their locks were held by others
+    waiting: tuple[RelPath, ...] = ()  # locks that others hold
     open_files: tuple[str, ...] = ()  # left for later, still being written
     failure: Exception | None = None  # of a file that could not be uploaded or removed; the rest was committed

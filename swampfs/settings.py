@@ -107,7 +107,7 @@ class MountSettings:
     refresh_s: float = 2.0
     push_delay_s: float = 2.0
     timeout_s: float = 30.0
-    lock_timeout_s: float = 60.0
+    queue_offline: bool = True
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False

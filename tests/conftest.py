@@ -6,7 +6,8 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from swampfs.testing.gcs_server import GcsServer
 from tests import seaweed
 from tests.caches import World
 from tests.harness import FIXTURES, Machine
+from tests.proxy import Proxy
 
 BUCKET = "swampfs-tests"
 _prefixes = itertools.count(1)
@@ -74,6 +76,19 @@ def own_bucket(server: seaweed.Server) -> Iterator[str]:
         for item in page.get("Contents", ()):
             client.delete_object(Bucket=name, Key=item["Key"])
     client.delete_bucket(Bucket=name)
+
+
+@pytest.fixture
+def network(server: seaweed.Server) -> Iterator[Callable[..., Proxy]]:
+    """Makes a machine's own way to the server; put its ``url`` into the machine's environment."""
+    with ExitStack() as at_end:
+
+        def make(**more: Any) -> Proxy:
+            proxy = Proxy(server.endpoint, **more)
+            at_end.callback(proxy.close)
+            return proxy
+
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import trio
 
 from swampfs.backends.retry import RetryingStore
 from swampfs.errors import FileError
-from swampfs.fs.attributes import Owner
+from swampfs.fs.attributes import Caller, Owner
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.vfs import FileSystem
 from swampfs.names import Keyspace
@@ -26,6 +26,8 @@ from swampfs.sync.remote import Remote
 from swampfs.sync.service import SyncService
 from swampfs.threads import Threads
 from tests.datastores import load_monolith, load_shards
+
+CALLER = Caller(0, 0, 0)
 
 
 class Store:
@@ -77,40 +79,43 @@ class Node:
         head, _, name = path.rpartition("/")
         return self.ino(head), name
 
-    def mkdirs(self, path: str) -> None:
+    async def mkdirs(self, path: str) -> None:
         done = ""
         for name in filter(None, path.split("/")):
             parent = self.ino(done)
             if self.fs.lookup(parent, name) is None:
-                self.fs.mkdir(parent, name, 0o755, (0, 0))
+                await self.fs.mkdir(parent, name, 0o755, CALLER)
             done = f"{done}/{name}"
 
     async def write(self, path: str, body: bytes) -> None:
         parent, name = self.parent(path)
         if self.fs.lookup(parent, name) is None:
-            number, _ = self.fs.create(parent, name, 0o644, os.O_RDWR, (0, 0))
+            number, _ = await self.fs.create(parent, name, 0o644, os.O_RDWR, CALLER)
         else:
-            number = await self.fs.open(self.ino(path), os.O_WRONLY | os.O_TRUNC)
-        self.fs.files.write(number, 0, body)
+            number = await self.fs.open(self.ino(path), os.O_WRONLY | os.O_TRUNC, 0)
+        await self.fs.files.write(number, 0, body)
         self.fs.files.release(number)
 
     async def read(self, path: str) -> bytes:
         try:
-            number = await self.fs.open(self.ino(path), os.O_RDONLY)
+            number = await self.fs.open(self.ino(path), os.O_RDONLY, 0)
         except FileError as error:
             if error.errno != errno.ESTALE:
                 raise
-            number = await self.fs.open(self.ino(path), os.O_RDONLY)  # as the kernel does
+            number = await self.fs.open(self.ino(path), os.O_RDONLY, 0)  # as the kernel does
         try:
             return self.fs.files.read(number, 0, 1 << 24)
         finally:
             self.fs.files.release(number)
 
-    def unlink(self, path: str) -> None:
-        self.fs.unlink(*self.parent(path))
+    async def unlink(self, path: str) -> None:
+        await self.fs.unlink(*self.parent(path), CALLER)
+
+    async def rmdir(self, path: str) -> None:
+        await self.fs.rmdir(*self.parent(path), CALLER)
 
     async def rename(self, source: str, target: str) -> None:
-        await self.fs.rename(*self.parent(source), *self.parent(target), replace=True)
+        await self.fs.rename(self.parent(source), self.parent(target), CALLER, replace=True)
 
     async def push(self):
         return await self.sync.push_changed(sorted(self.sync.journal))
@@ -149,7 +154,7 @@ async def machine(
             prove=None,
             start_soon=nursery.start_soon,
             timeout_s=1.0,
-            lock_timeout_s=patience_s,
+            lock_wait_s=patience_s,
         )
         fs = FileSystem(
             sync,

@@ -47,6 +47,7 @@ class Machine:
     env: dict[str, str] = field(default_factory=dict)
     name: str = "a"
     options: tuple[str, ...] = ("--refresh", "300ms", "--push-delay", "200ms")
+    within: tuple[str, ...] = ()  # a command that runs the others in a namespace of their own
 
     def __post_init__(self) -> None:
         self.mountpoint = self.home / f"mnt-{self.name}"
@@ -64,7 +65,7 @@ class Machine:
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "swampfs", *arguments],
+            [*self.within, sys.executable, "-m", "swampfs", *arguments],
             env=self.environment(), capture_output=True, text=True, timeout=120, cwd=self.home,
         )  # fmt: skip
         if check and done.returncode != 0:

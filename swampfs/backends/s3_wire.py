@@ -19,12 +19,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from typing import IO, Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from xml.sax.saxutils import unescape
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+_SKEW_S = 240.0  # a store accepts a quarter of an hour
 _IDLE_S = 4.0  # servers drop idle connections; a request must not be the one to find out
 _CHUNK = 1 << 18
 _LINE = 1 << 16
@@ -49,13 +51,23 @@ class Answer(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """``path`` and ``query`` are encoded already."""
+    """``path`` and ``query`` are encoded already. ``file`` is a body on disk, in place of ``body``."""
 
     method: str
     path: str
     query: str
     headers: Mapping[str, str]
     body: bytes
+    file: str = ""
+
+    def digest(self) -> str:
+        if self.file:
+            with open(self.file, "rb", buffering=0) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(self.body).hexdigest() if self.body else _EMPTY_SHA256
+
+    def size(self) -> int:
+        return os.stat(self.file).st_size if self.file else len(self.body)
 
 
 class Unanswered(Exception):
@@ -63,7 +75,7 @@ class Unanswered(Exception):
 
 
 class _SinkFailed(Exception):
-    """The local disk's fault, not the network's."""
+    """The local disk's fault, not the network's; its cause says what."""
 
 
 class _MalformedError(ValueError):
@@ -88,6 +100,8 @@ class Wire:
             self._tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
         self._idle: deque[tuple[float, _Connection]] = deque()
         self._signing: tuple[str, bytes] = ("", b"")
+        self.ahead_s = 0.0
+        """How far the store's clock is ahead of ours, once it refused a request for that."""
         weakref.finalize(self, _close_all, self._idle)
 
     @staticmethod
@@ -104,27 +118,58 @@ class Wire:
         """Raises Unanswered."""
         return self._request("PUT", key, headers, body, None)
 
+    def put_file(self, key: str, headers: Mapping[str, str], path: str) -> Answer:
+        """Raises Unanswered, OSError of the file."""
+        return self._send(_Request("PUT", self._path(key), "", headers, b"", path), None)
+
+    def delete(self, key: str, headers: Mapping[str, str]) -> Answer:
+        """Raises Unanswered."""
+        return self._request("DELETE", key, headers, b"", None)
+
+    def head(self, key: str) -> Answer:
+        """Raises Unanswered."""
+        return self._request("HEAD", key, {}, b"", None)
+
+    def head_bucket(self) -> Answer:
+        """Raises Unanswered."""
+        return self._send(_Request("HEAD", self._root or "/", "", {}, b""), None)
+
     def list_page(self, query: Mapping[str, str]) -> Answer:
         """``ListObjectsV2`` of the bucket. Raises Unanswered."""
         encoded = "&".join(f"{name}={quote(query[name], safe='-._~')}" for name in sorted(query))
         return self._send(_Request("GET", self._root or "/", encoded, {}, b""), None)
 
     def _request(self, method: str, key: str, headers: Mapping[str, str], body: bytes, sink: BinaryIO | None) -> Answer:
-        return self._send(_Request(method, f"{self._root}/{quote(key, safe='/-._~')}", "", headers, body), sink)
+        return self._send(_Request(method, self._path(key), "", headers, body), sink)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{quote(key, safe='/-._~')}"
 
     def _send(self, request: _Request, sink: BinaryIO | None) -> Answer:
-        method, body = request.method, request.body
-        head = self._sign(request)
-        if method == "PUT":
-            head += f"content-length: {len(body)}\r\n"
+        """Once; and once more if the store says that one of the two clocks is wrong."""
+        digest = request.digest()
+        answer = self._send_once(request, digest, sink)
+        if answer.status == 403:
+            there = _moment(answer.headers.get("date", ""))
+            if there is not None and abs(there - time.time() - self.ahead_s) > _SKEW_S:
+                self.ahead_s = there - time.time()
+                return self._send_once(request, digest, sink)
+        return answer
+
+    def _send_once(self, request: _Request, digest: str, sink: BinaryIO | None) -> Answer:
+        head = self._sign(request, digest)
+        if request.method == "PUT":
+            head += f"content-length: {request.size()}\r\n"
         connection = self._connection()
         refused = False
         try:
             try:
-                connection.socket.sendall(f"{head}\r\n".encode() + body)  # one send: no waiting in between
+                connection.socket.sendall(f"{head}\r\n".encode() + request.body)  # one send: no waiting in between
+                if request.file:
+                    _send_file(connection.socket, request.file)
             except (BrokenPipeError, ConnectionResetError):
                 refused = True  # perhaps with an answer, before it had heard everything
-            answer = _read(connection.reader, sink)
+            answer = _read(connection.reader, sink, bodiless=request.method == "HEAD")
             if refused and answer.status < 300:
                 raise ConnectionResetError("the connection was closed while the request was sent")
         except _SinkFailed as failure:
@@ -160,12 +205,11 @@ class Wire:
         except OSError as error:
             raise Unanswered(f"{self._origin}: {error or type(error).__name__}") from error
 
-    def _sign(self, request: _Request) -> str:
+    def _sign(self, request: _Request, digest: str) -> str:
         """Request line and headers, signed with Signature Version 4 (AWS General Reference)."""
-        method, path, query, headers, body = request
-        digest = hashlib.sha256(body).hexdigest() if body else _EMPTY_SHA256
+        method, path, query, headers = request[:4]
         key = self._key()
-        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() + self.ahead_s))
         scope = f"{moment[:8]}/{self._region}/s3/aws4_request"
         all_headers = {name.lower(): value for name, value in headers.items()}
         all_headers |= {"host": self._host, "x-amz-content-sha256": digest, "x-amz-date": moment}
@@ -215,7 +259,25 @@ class _Connection:
         self.socket.close()
 
 
-def _read(reader: IO[bytes], sink: BinaryIO | None) -> Answer:
+def _send_file(connection: socket.socket, path: str) -> None:
+    with contextlib.ExitStack() as at_end:
+        try:
+            file = at_end.enter_context(open(path, "rb", buffering=0))
+        except OSError as error:
+            raise _SinkFailed from error
+        while piece := file.read(_CHUNK):
+            connection.sendall(piece)
+
+
+def _moment(date: str) -> float | None:
+    """An HTTP date in seconds since the epoch."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
+
+
+def _read(reader: IO[bytes], sink: BinaryIO | None, *, bodiless: bool) -> Answer:
     """One response (RFC 9112): a body of known length, in chunks, or up to the end of the connection."""
     status = 100
     while 100 <= status < 200:
@@ -226,7 +288,7 @@ def _read(reader: IO[bytes], sink: BinaryIO | None) -> Answer:
         headers = _read_headers(reader)
     if line.startswith(b"HTTP/1.0"):
         headers["connection"] = "close"
-    if status in (204, 304):
+    if status in (204, 304) or bodiless:
         return Answer(status, {"content-length": "0", **headers}, b"")
     if status >= 300:
         body = b"".join(_pieces(reader, headers))

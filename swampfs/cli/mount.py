@@ -72,6 +72,8 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
               help="Quiet time of a model before its changes are pushed.")  # fmt: skip
 @click.option("--timeout", envvar="SWAMPFS_TIMEOUT", callback=seconds, default="30s", show_default=True,
               help="Longest a file operation waits for the datastore.")  # fmt: skip
+@click.option("--offline", envvar="SWAMPFS_OFFLINE", type=click.Choice(["queue", "fail"]), default="queue",
+              show_default=True, help="Whether changes are accepted while the datastore is out of reach.")  # fmt: skip
 @click.option("--uid", envvar="SWAMPFS_UID", type=int, help="Owner of files that have none.")
 @click.option("--gid", envvar="SWAMPFS_GID", type=int, help="Group of files that have none.")
 @click.option("--allow-other", is_flag=True, envvar="SWAMPFS_ALLOW_OTHER", help="Let other users in (mode bits apply).")
@@ -230,6 +232,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         refresh_s=flags["refresh"],
         push_delay_s=flags["push_delay"],
         timeout_s=flags["timeout"],
+        queue_offline=flags["offline"] == "queue",
         uid=os.getuid() if flags["uid"] is None else flags["uid"],
         gid=os.getgid() if flags["gid"] is None else flags["gid"],
         allow_other=flags["allow_other"],

@@ -23,6 +23,7 @@ from swampfs.threads import Threads
 
 _SIGHTINGS = 4096  # locks of others whose movement we remember at once
 _LOCK_PATIENCE_S = 5.0  # a held model lock is asked for again by the next push
+_LOCK_RETRY_S = 0.3  # a user is waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,15 @@ def open_datastore(
     sightings: LRUCache[str, Sighting] = LRUCache(_SIGHTINGS)
 
     def make_lock(key: str, note: Callable[[str, str | None], None]) -> Lock:
-        return Lock(remote, key, max_wait_s=_LOCK_PATIENCE_S, trust_pids=is_plain, sightings=sightings, note=note)
+        return Lock(
+            remote,
+            key,
+            max_wait_s=_LOCK_PATIENCE_S,
+            retry_s=_LOCK_RETRY_S,
+            trust_pids=is_plain,
+            sightings=sightings,
+            note=note,
+        )
 
     async def prove() -> None:
         await prove_preconditions(remote, keys.data("_control/swampfs/precondition-probe"))

@@ -36,6 +36,19 @@ class Owner(NamedTuple):
     gid: int
 
 
+class Caller(NamedTuple):
+    """Who asks, as the kernel says it."""
+
+    uid: int
+    gid: int
+    pid: int
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """Of what this caller makes."""
+        return self.uid, self.gid
+
+
 def of_node(node: Node, owner: Owner, *, nlink: int = 1) -> Attributes:
     """Attributes of a catalog node. ``blocks`` is 0 for content that is not here, so that ``du`` shows what is."""
     kind = stat.S_IFDIR if node.is_dir else stat.S_IFREG

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 
 from swampfs.errors import StoreError
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Owner, fail, of_node, stale
+from swampfs.fs.guard import Guard
 from swampfs.fs.inodes import Inodes
 from swampfs.fs.localtier import LocalTier
-from swampfs.names import RelPath, is_scratch
+from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
+from swampfs.names import RelPath, is_scratch, lease_path
 from swampfs.records import Kind, Node, Residency
 from swampfs.sync.service import SyncService
 from swampfs.threads import Lane
@@ -32,6 +34,7 @@ class Handle:
     fd: int
     ino: int
     writable: bool
+    pid: int = 0  # who opened it
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class OpenFile:
     readers: int = 0
     writers: list[int] = field(default_factory=list)  # descriptors
     changed: bool = False
+    replaced: bool = False  # by another machine while we had it open: what is written here would be lost
 
 
 class Files:
@@ -54,8 +58,13 @@ class Files:
         inodes: Inodes,
         owner: Owner,
         on_dirty: Callable[[RelPath], None],
+        *,
+        guard: Guard,
+        locks: LockFiles | None,
     ) -> None:
         self._sync = sync
+        self._guard = guard
+        self._locks = locks
         self._local = local
         self._inodes = inodes
         self._owner = owner
@@ -73,13 +82,23 @@ class Files:
         file = self._open.get(node.ino) if node else None
         return file is not None and bool(file.writers)
 
+    def has_changing(self, lock: str) -> bool:
+        """Whether a changed file below a lock is still open for writing."""
+        return any(
+            file.writers and file.changed and file.path is not None and lease_path(file.path) == lock
+            for file in self._open.values()
+        )
+
     # --- opening ------------------------------------------------------------------------------------------
 
-    async def open(self, ino: int, flags: int) -> int:
+    async def open(self, ino: int, flags: int, pid: int) -> int:
         """Open by inode; hydrates what is not local. Returns a handle number.
 
-        Raises FileError and what :meth:`SyncService.hydrate_file` raises.
+        For writing, the lock that covers the file is held on return, and what is opened is the latest content.
+        Raises FileError and what :meth:`SyncService.hydrate_file` and :meth:`Guard.wait` raise.
         """
+        if self._locks is not None and ino >= LOCK_BASE:
+            return self._handle(await self._locks.open(ino, flags), ino, flags)
         if ino >= LOCAL_BASE:
             return self._handle(self._local.open(ino, flags), ino, flags)
         if ino in self._inodes.orphans:
@@ -89,8 +108,10 @@ class Files:
             raise stale(ino)
         if node.is_dir:
             raise fail(errno.EISDIR, node.path)
-        if flags & os.O_TRUNC and flags & _WRITING:
-            self.truncate(node, 0)
+        if flags & _WRITING:
+            node = await self.about_to_write(node, pid)
+            if flags & os.O_TRUNC:
+                self.truncate(node, 0)
         while True:
             current = self._sync.catalog.node(ino)
             if current is None:
@@ -99,7 +120,17 @@ class Files:
                 current = await self._hydrated(current)
             fd = self._open_content(current, flags & (os.O_ACCMODE | os.O_APPEND))
             if fd is not None:
-                return self._track(fd, current, flags)
+                return self._track(fd, current, flags, pid)
+
+    async def about_to_write(self, node: Node, pid: int) -> Node:
+        """Have the lock that covers a file. Raises ESTALE if the name stands for another file by then."""
+        if self._guard.lets(node.path):
+            return node
+        await self._guard.wait(pid, node.path)
+        again = self._sync.catalog.node(node.ino)
+        if again is None:
+            raise stale(node.ino)
+        return again
 
     def _open_content(self, node: Node, flags: int) -> int | None:
         """Descriptor of local content; ``None`` if a clean file turned out to be damaged, and is a stub again."""
@@ -130,6 +161,8 @@ class Files:
 
     async def _open_orphan(self, ino: int, flags: int) -> int:
         orphan = self._inodes.orphans[ino]
+        if orphan.replaced:
+            raise stale(ino)  # the kernel looks the name up again, and finds what it stands for now
         if orphan.content is None:
             if orphan.node.base is None:
                 raise stale(ino)
@@ -140,31 +173,35 @@ class Files:
         fd = os.open(orphan.content, (flags & (os.O_ACCMODE | os.O_APPEND)) | os.O_NOFOLLOW | os.O_CLOEXEC)
         return self._handle(fd, ino, flags)
 
-    def create(self, node: Node, flags: int) -> int:
+    def create(self, node: Node, flags: int, pid: int) -> int:
         """Handle of a file the tree has just made: announce it, then make its bytes."""
         self._announce(node)
         fd = self._sync.cache.create(node.path)
         if flags & os.O_APPEND:
             os.close(fd)
             fd = self._sync.cache.open(node.path, os.O_RDWR | os.O_APPEND)
-        return self._track(fd, node, flags | os.O_RDWR)
+        return self._track(fd, node, flags | os.O_RDWR, pid)
 
     def create_local(self, rel: RelPath, flags: int, mode: int, owner: tuple[int, int]) -> tuple[int, Attributes]:
         fd, attributes = self._local.create(rel, flags, mode, owner)
         return self._handle(fd, attributes.ino, flags), attributes
 
-    def _track(self, fd: int, node: Node, flags: int) -> int:
+    def adopt(self, fd: int, ino: int) -> int:
+        """Handle of a lock file that was just taken."""
+        return self._handle(fd, ino, os.O_RDWR)
+
+    def _track(self, fd: int, node: Node, flags: int, pid: int) -> int:
         file = self._open.setdefault(node.ino, OpenFile(node.path))
         if flags & _WRITING:
             file.writers.append(fd)
         else:
             file.readers += 1
-        return self._handle(fd, node.ino, flags)
+        return self._handle(fd, node.ino, flags, pid)
 
-    def _handle(self, fd: int, ino: int, flags: int) -> int:
+    def _handle(self, fd: int, ino: int, flags: int, pid: int = 0) -> int:
         number = self._next
         self._next += 1
-        self._handles[number] = Handle(fd, ino, bool(flags & _WRITING))
+        self._handles[number] = Handle(fd, ino, bool(flags & _WRITING), pid)
         return number
 
     # --- bytes --------------------------------------------------------------------------------------------
@@ -172,14 +209,22 @@ class Files:
     def read(self, number: int, offset: int, size: int) -> bytes:
         return os.pread(self._handles[number].fd, size, offset)
 
-    def write(self, number: int, offset: int, data: bytes) -> int:
+    async def write(self, number: int, offset: int, data: bytes) -> int:
+        """Raises ESTALE if another machine replaced the file since it was opened."""
         handle = self._handles[number]
         file = self._open.get(handle.ino)
-        if file is not None and file.path is not None:
-            self._about_to_change(handle.ino, file)
+        if file is not None:
+            if file.path is not None and not self._is_announced(file) and not self._guard.lets(file.path):
+                await self._guard.wait(handle.pid, file.path)
+            if file.replaced:
+                raise stale(handle.ino)
+            if file.path is not None:
+                self._about_to_change(handle.ino, file)
         view, done = memoryview(data), 0
         while done < len(data):
             done += os.pwrite(handle.fd, view[done:], offset + done)
+        if self._locks is not None and handle.ino >= LOCK_BASE:
+            await self._locks.written(handle.ino, handle.fd)
         return done
 
     def truncate(self, node: Node, size: int) -> None:
@@ -243,6 +288,12 @@ class Files:
         if file is not None:
             file.path = None
 
+    def replaced(self, ino: int) -> None:
+        """By another machine: what is written through its handles would be nobody's."""
+        file = self._open.get(ino)
+        if file is not None:
+            file.replaced = True
+
     def is_open(self, ino: int) -> bool:
         return ino in self._open
 
@@ -270,10 +321,13 @@ class Files:
 
     # --- parts --------------------------------------------------------------------------------------------
 
+    def _is_announced(self, file: OpenFile) -> bool:
+        if file.path is None or not file.changed:
+            return False
+        return self._sync.journal.is_announced(file.path) or is_scratch(file.path)
+
     def _about_to_change(self, ino: int, file: OpenFile) -> None:
-        if file.path is None or (file.changed and self._sync.journal.is_announced(file.path)):
-            return
-        if file.changed and is_scratch(file.path):
+        if file.path is None or self._is_announced(file):
             return
         node = self._sync.catalog.node(ino)
         if node is not None:

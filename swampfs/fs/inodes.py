@@ -18,6 +18,7 @@ class Orphan:
 
     node: Node
     content: str | None
+    replaced: bool = False  # by another machine: the name stands for other content, or for none
 
 
 class Inodes:

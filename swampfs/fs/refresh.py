@@ -48,6 +48,7 @@ class Refresh:
             if self.last_error is not None:
                 log.info("refresh works again")
             self.last_error = None
+            self._sync.leases.back_online()
 
     def age_ms(self) -> int | None:
         """Since the last answer of the datastore; ``None`` if there was none."""

@@ -109,6 +109,9 @@ class Tree:
         if node.residency is not Residency.STUB:  # a stub has nothing to go on with: its next open is ESTALE
             self._unname(node)
             self._sync.cache.remove(node.path)
+        self._files.replaced(node.ino)
+        if node.ino in self._inodes.orphans:
+            self._inodes.orphans[node.ino].replaced = True
 
     def _unname(self, node: Node) -> None:
         """The node loses its name; while the kernel holds the inode, its content stays reachable."""
@@ -192,10 +195,11 @@ class Tree:
 
     # --- attributes ---------------------------------------------------------------------------------------
 
-    async def setattr(self, node: Node, change: Change) -> None:
+    async def setattr(self, node: Node, change: Change, pid: int) -> None:
         if change.size is not None:
             if node.is_dir:
                 raise fail(errno.EISDIR, node.path)
+            node = await self._files.about_to_write(node, pid)
             if change.size > 0:
                 node = await self._files.make_local(node)
             self._files.truncate(node, change.size)

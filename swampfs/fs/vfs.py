@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterator
 
 from swampfs.errors import FileError, ReadOnlyError
-from swampfs.fs.attributes import LOCAL_BASE, Attributes, Change, Owner, fail, of_node, of_stat, stale
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Change, Owner, fail, of_node, of_stat, stale
 from swampfs.fs.files import Files
+from swampfs.fs.guard import Guard
 from swampfs.fs.inodes import Inodes
 from swampfs.fs.localtier import LocalTier
+from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
 from swampfs.fs.tree import Tree
-from swampfs.names import RelPath, check_name, join
+from swampfs.names import RelPath, check_name, is_lock_file, join
 from swampfs.records import Node, TreeChange
 from swampfs.sync.service import SyncService
 
@@ -35,10 +37,15 @@ class FileSystem:
         read_only: bool,
         on_dirty: Callable[[RelPath], None],
         invalidate: Callable[[list[TreeChange]], None],
+        guard: Guard | None = None,
+        locks: LockFiles | None = None,
     ) -> None:
+        """``guard`` and ``locks`` make it one of many mounts; without them it writes as if it were alone."""
         self.sync = sync
         self.inodes = Inodes()
-        self.files = Files(sync, local, self.inodes, owner, on_dirty)
+        self._guard = guard or Guard(None)
+        self._locks = locks
+        self.files = Files(sync, local, self.inodes, owner, on_dirty, guard=self._guard, locks=locks)
         sync.is_open = self.files.is_being_written
         self.tree = Tree(sync, self.files, self.inodes, on_dirty)
         sync.drop_content = self.tree.replaced_remotely
@@ -70,10 +77,41 @@ class FileSystem:
             self.inodes.looked_up(found.ino)
         return found
 
+    async def lookup_lock(self, parent: int, name: str) -> Attributes | None:
+        """As :meth:`lookup`, for a name that may be a lock's: who holds it is asked for every time."""
+        path = self._lock_path(parent, name)
+        if path is None or self._locks is None:
+            return self.lookup(parent, name)
+        found = await self._locks.lookup(path)
+        if found is not None:
+            self.inodes.looked_up(found.ino)
+        return found
+
+    def may_be_lock(self, name: bytes) -> bool:
+        return self._locks is not None and name.endswith(b".lock")
+
+    def caches_absence(self, parent: int) -> bool:
+        """Whether the kernel may remember that a name is not there: not where versions are allocated and locks are
+        taken (data model §8.2, rule 2)."""
+        if parent >= LOCAL_BASE:
+            return True
+        node = self._catalog.node(parent)
+        return node is not None and node.path.partition("/")[0] not in ("", "data")
+
+    def _lock_path(self, parent: int, name: str) -> RelPath | None:
+        """Path of a lock file; ``None`` for any other name."""
+        if self._locks is None or not name.endswith(".lock") or parent >= LOCK_BASE:
+            return None
+        above = self._local.rel(parent) if parent >= LOCAL_BASE else self.tree.directory(parent).path
+        path = join(above, name)
+        return path if is_lock_file(path) else None
+
     def getattr(self, ino: int) -> Attributes:
         ino = self.inodes.resolve(ino)
         if ino in self.inodes.orphans:
             return self._orphan_attributes(ino)
+        if self._locks is not None and ino >= LOCK_BASE:
+            return self._locks.attributes(ino)
         if ino >= LOCAL_BASE:
             try:
                 return self._local.attributes(ino)
@@ -93,6 +131,8 @@ class FileSystem:
 
     def _orphan_attributes(self, ino: int) -> Attributes:
         orphan = self.inodes.orphans[ino]
+        if orphan.replaced and not self.files.is_open(ino):
+            raise stale(ino)
         attributes = of_node(orphan.node, self._owner, nlink=0)
         descriptor = self.files.descriptor(ino)
         if descriptor is not None:
@@ -124,6 +164,7 @@ class FileSystem:
                 for name, found in self._local.children(directory.path)
                 if self._catalog.child(ino, name) is None
             ]
+            children += self._locks.children(directory.path) if self._locks is not None else []
         for name, found in children:
             if found.ino > after:
                 yield name, found
@@ -131,6 +172,8 @@ class FileSystem:
     def forget(self, ino: int, count: int) -> None:
         if self.inodes.forget(ino, count) and ino >= LOCAL_BASE:
             self._local.forget(ino)
+            if self._locks is not None:
+                self._locks.forget(ino)
 
     def readlink(self, ino: int) -> str:
         if ino < LOCAL_BASE:
@@ -151,24 +194,46 @@ class FileSystem:
             return None, path
         return directory, path
 
-    def mkdir(self, parent: int, name: str, mode: int, owner: tuple[int, int]) -> Attributes:
+    async def _place_for_writing(self, parent: int, name: str, caller: Caller) -> tuple[Node | None, RelPath]:
+        """As :meth:`_place`, with the lock of a datastore path in hand."""
         directory, path = self._place(parent, name)
+        if directory is not None and not self._guard.lets(path):
+            await self._guard.wait(caller.pid, path)
+            return self._place(parent, name)  # anything may have happened while we waited
+        return directory, path
+
+    async def mkdir(self, parent: int, name: str, mode: int, caller: Caller) -> Attributes:
+        directory, path = await self._place_for_writing(parent, name, caller)
         if directory is None:
-            found = self._local.mkdir(path, mode, owner)
+            found = self._local.mkdir(path, mode, caller.owner)
         else:
-            found = self.files.attributes(self.tree.mkdir(directory, name, mode, owner))
+            found = self.files.attributes(self.tree.mkdir(directory, name, mode, caller.owner))
         self.inodes.looked_up(found.ino)
         return found
 
-    def create(self, parent: int, name: str, mode: int, flags: int, owner: tuple[int, int]) -> tuple[int, Attributes]:
-        """Make and open a file. Returns handle and attributes."""
-        directory, path = self._place(parent, name)
+    async def create(self, parent: int, name: str, mode: int, flags: int, caller: Caller) -> tuple[int, Attributes]:
+        """Make and open a file. Returns handle and attributes.
+
+        If another machine made it meanwhile it is opened, unless ``O_EXCL`` is asked for.
+        """
+        lock = self._lock_path(parent, name)
+        if lock is not None and self._locks is not None:
+            self._require_writable()
+            fd, found = await self._locks.create(lock, caller)
+            self.inodes.looked_up(found.ino)
+            return self.files.adopt(fd, found.ino), found
+        directory, path = await self._place_for_writing(parent, name, caller)
         if directory is None:
-            number, found = self.files.create_local(path, flags, mode, owner)
+            number, found = self.files.create_local(path, flags, mode, caller.owner)
         else:
-            node = self.tree.create(directory, name, mode, owner)
-            number = self.files.create(node, flags)
-            found = self.files.attributes(node)
+            there = self._catalog.child(directory.ino, name)
+            if there is not None and not flags & os.O_EXCL and not there.is_dir:
+                number = await self.files.open(there.ino, flags, caller.pid)
+                found = self.files.attributes(self._catalog.node(there.ino) or there)
+            else:
+                node = self.tree.create(directory, name, mode, caller.owner)
+                number = self.files.create(node, flags, caller.pid)
+                found = self.files.attributes(node)
         self.inodes.looked_up(found.ino)
         return number, found
 
@@ -181,8 +246,12 @@ class FileSystem:
         self.inodes.looked_up(found.ino)
         return found
 
-    def unlink(self, parent: int, name: str) -> None:
+    async def unlink(self, parent: int, name: str, caller: Caller) -> None:
         self._require_writable()
+        lock = self._lock_path(parent, name)
+        if lock is not None and self._locks is not None:
+            await self._locks.unlink(lock)
+            return
         if parent >= LOCAL_BASE:
             self._local.unlink(join(self._local.rel(parent), name))
             return
@@ -190,10 +259,13 @@ class FileSystem:
         path = join(directory.path, name)
         if self._catalog.child(parent, name) is None and self._local.owns(path):
             self._local.unlink(path)
-        else:
-            self.tree.unlink(directory, name)
+            return
+        if not self._guard.lets(path):
+            await self._guard.wait(caller.pid, path)
+            directory = self.tree.directory(parent)
+        self.tree.unlink(directory, name)
 
-    def rmdir(self, parent: int, name: str) -> None:
+    async def rmdir(self, parent: int, name: str, caller: Caller) -> None:
         self._require_writable()
         if parent >= LOCAL_BASE:
             self._local.rmdir(join(self._local.rel(parent), name))
@@ -203,6 +275,9 @@ class FileSystem:
         if self._catalog.child(parent, name) is None and self._local.owns(path):
             self._local.rmdir(path)
             return
+        if not self._guard.lets(path):
+            await self._guard.wait(caller.pid, path)
+            directory = self.tree.directory(parent)
         if self._local.children(path):
             raise fail(errno.ENOTEMPTY, path)
         self.tree.rmdir(directory, name)
@@ -210,9 +285,18 @@ class FileSystem:
 
     # --- renaming -----------------------------------------------------------------------------------------
 
-    async def rename(self, parent: int, name: str, new_parent: int, new_name: str, *, replace: bool) -> None:
+    async def rename(self, old: tuple[int, str], new: tuple[int, str], caller: Caller, *, replace: bool) -> None:
+        """Each end is the inode of its directory and a name."""
         self._require_writable()
-        check_name(new_name)
+        check_name(new[1])
+        if await self._renamed_lock(old, new, caller, replace):
+            return
+        paths = await self._have_locks(old, new, caller)
+        with self._guard.staying(*paths):
+            await self._rename(old, new, replace)
+
+    async def _rename(self, old: tuple[int, str], new: tuple[int, str], replace: bool) -> None:
+        (parent, name), (new_parent, new_name) = old, new
         source, source_path = self._end(parent, name)
         target, target_path = self._end(new_parent, new_name)
         if source is not None and target is not None:
@@ -232,6 +316,42 @@ class FileSystem:
                 raise fail(errno.ENOENT, source_path)
             self.tree.adopt(self._local.path(source_path), found.ino, target, new_name)
             self._invalidate([TreeChange(new_parent, new_name, 0, content=False)])
+
+    async def _have_locks(self, old: tuple[int, str], new: tuple[int, str], caller: Caller) -> list[RelPath]:
+        """Of every datastore path that a rename changes; returns those."""
+        while True:
+            paths = [path for directory, path in (self._end(*old), self._end(*new)) if directory is not None]
+            node = self._catalog.at(paths[0]) if len(paths) == 2 else None
+            if node is not None and node.is_dir:
+                below = [file.path for file in self._catalog.files_below(node.path)]
+                paths += [*below, *(RelPath(paths[1] + path[len(node.path) :]) for path in below)]
+            if self._guard.lets(*paths):
+                return paths
+            await self._guard.wait(caller.pid, *paths)
+            if not self._guard.lets(*paths):
+                return paths  # out of reach: what is done now is queued
+
+    async def _renamed_lock(self, old: tuple[int, str], new: tuple[int, str], caller: Caller, replace: bool) -> bool:
+        """Whether an end of a rename is a lock; what is renamed over a lock becomes its content."""
+        if self._lock_path(*old) is not None:
+            raise fail(errno.EPERM, f"{old[1]}: a lock cannot be renamed")
+        lock = self._lock_path(*new)
+        if lock is None or self._locks is None:
+            return False
+        found = self.lookup(*old)
+        if found is None:
+            raise fail(errno.ENOENT, old[1])
+        self.inodes.forget(found.ino, 1)
+        if not replace and await self._locks.lookup(lock) is not None:
+            raise fail(errno.EEXIST, lock)
+        number = await self.files.open(found.ino, os.O_RDONLY, caller.pid)
+        try:
+            content = self.files.read(number, 0, 1 << 16)
+        finally:
+            self.files.release(number)
+        await self._locks.replace(lock, content, caller)
+        await self.unlink(*old, caller)
+        return True
 
     def lookup_exists(self, path: RelPath) -> bool:
         """Whether a name exists in either tier."""
@@ -260,15 +380,19 @@ class FileSystem:
 
     # --- files --------------------------------------------------------------------------------------------
 
-    async def open(self, ino: int, flags: int) -> int:
+    async def open(self, ino: int, flags: int, pid: int) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._require_writable()
-        return await self.files.open(self.inodes.resolve(ino), flags)
+        return await self.files.open(self.inodes.resolve(ino), flags, pid)
 
-    async def setattr(self, ino: int, change: Change) -> Attributes:
+    async def setattr(self, ino: int, change: Change, pid: int) -> Attributes:
         self._require_writable()
         ino = self.inodes.resolve(ino)
-        if ino in self.inodes.orphans:
+        if self._locks is not None and ino >= LOCK_BASE:
+            descriptor = self.files.descriptor(ino)
+            if change.size is not None and descriptor is not None:
+                os.ftruncate(descriptor, change.size)
+        elif ino in self.inodes.orphans:
             self._set_orphan_attributes(ino, change)
         elif ino >= LOCAL_BASE:
             self._local.setattr(ino, change, self.files.descriptor(ino))
@@ -276,7 +400,8 @@ class FileSystem:
             node = self._catalog.node(ino)
             if node is None:
                 raise stale(ino)
-            await self.tree.setattr(node, change)
+            with self._guard.staying(node.path):
+                await self.tree.setattr(node, change, pid)
         return self.getattr(ino)
 
     def _set_orphan_attributes(self, ino: int, change: Change) -> None:

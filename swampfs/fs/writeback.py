@@ -1,7 +1,7 @@
-"""Write-back: a debounced push per model, and waiting for it.
+"""Write-back: a debounced push per lock, and waiting for it.
 
-Every change restarts its group's delay, up to a limit, so that a burst becomes one push. A group is a model (pushed
-under its lock) or, for paths outside any model, everything else. A push that fails is repeated with growing pauses;
+Every change restarts its group's delay, up to a limit, so that a burst becomes one push. A group is what is written
+under one lock (:func:`swampfs.names.lease_path`). A push that fails is repeated with growing pauses;
 what it would publish is in the journal all the while.
 """
 
@@ -14,13 +14,13 @@ from collections.abc import Iterable
 import trio
 
 from swampfs.errors import PushPendingError, SwampfsError
-from swampfs.names import ModelRef, RelPath, is_publishable, model_of
+from swampfs.names import RelPath, is_publishable, lease_path
 from swampfs.records import PushReport
 from swampfs.sync.service import SyncService
 
 log = logging.getLogger(__name__)
 
-Group = ModelRef | None
+Group = str
 
 _LONGEST_DEBOUNCE = 10  # times the delay: a file appended to for ever is still published
 _FIRST_BACKOFF_S = 1.0
@@ -40,14 +40,16 @@ class Writeback:
         self._round_done = trio.Event()
         self.last_error: str | None = None
         self.conflicts = 0
-        self.waiting_for: tuple[ModelRef, ...] = ()
+        self.waiting_for: tuple[RelPath, ...] = ()
+        self._pushing: set[Group] = set()
+        self._even_open: set[str] = set()  # a user gave a lock back, or closed a file: what it holds now counts
 
     def touch(self, path: RelPath) -> None:
         """A change of this path is in the journal."""
         if not is_publishable(path):
             return
         now = time.monotonic()
-        group = model_of(path)
+        group = lease_path(path)
         first = self._first.setdefault(group, now)
         self._due[group] = min(now + self._delay_s, first + self._delay_s * _LONGEST_DEBOUNCE)
         self._wake.set()
@@ -56,6 +58,16 @@ class Writeback:
         """Everything in the journal is due: after a replay."""
         for path in self._sync.journal:
             self.touch(RelPath(path))
+
+    def is_pending(self, group: Group) -> bool:
+        """Whether changes of a group wait for a push, or are in one."""
+        return group in self._due or group in self._pushing
+
+    def hurry(self, group: Group) -> None:
+        """Push a group without its delay."""
+        if group in self._due:
+            self._due[group] = min(self._due[group], time.monotonic())
+            self._wake.set()
 
     def pending(self) -> list[str]:
         """Journaled paths that will be published."""
@@ -71,6 +83,7 @@ class Writeback:
             for group in groups:
                 self._due.pop(group, None)
                 self._first.pop(group, None)
+            self._pushing = groups
             try:
                 report = await self._push(groups)
             except Exception as error:  # this task must outlive whatever a push meets
@@ -92,25 +105,31 @@ class Writeback:
                 self.conflicts += len(report.conflicts)
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)
-                self._again({model_of(path) for path in report.open_files}, self._delay_s)
+                self._again({lease_path(path) for path in report.open_files}, self._delay_s)
+            self._pushing = set()
             self._round_done.set()
             self._round_done = trio.Event()
 
-    async def flush(self, paths: Iterable[str] | None, timeout_s: float) -> None:
+    async def flush(self, paths: Iterable[str] | None, timeout_s: float, *, even_open: bool = False) -> None:
         """Return when the given paths (files or directories; ``None`` = all) are committed.
 
+        Files open for writing are an error, unless ``even_open``: then what they hold now is published.
         Raises PushPendingError with the last error when they are not within the time, or are still open for writing.
         """
         wanted = None if paths is None else list(paths)
+        if even_open:
+            wanted = self._left(wanted)  # what is written from now on is not waited for
         with trio.move_on_after(timeout_s) as scope:
             while left := self._left(wanted):
                 done = self._round_done
+                if even_open:
+                    self._even_open.update(left)
                 for path in left:
-                    self._due[model_of(path)] = 0.0
+                    self._due[lease_path(path)] = 0.0
                 self._wake.set()
                 await done.wait()
                 left = self._left(wanted)
-                if left and all(self._sync.is_open(path) for path in left):
+                if left and not even_open and all(self._sync.is_open(path) for path in left):
                     raise PushPendingError(
                         f"{len(left)} file(s) are still open for writing, among them {left[0]}",
                         remedy="close them and flush again",
@@ -147,10 +166,11 @@ class Writeback:
                 await self._wake.wait()
 
     async def _push(self, groups: set[Group]) -> PushReport:
-        paths = [path for path in self.pending() if model_of(path) in groups]
+        paths = [path for path in self.pending() if lease_path(path) in groups]
         if not paths:
             return PushReport()
-        return await self._sync.push_changed(paths)
+        even_open, self._even_open = self._even_open, set()
+        return await self._sync.push_changed(paths, even_open=even_open)
 
 
 def _line(error: Exception) -> str:

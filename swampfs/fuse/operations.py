@@ -18,7 +18,8 @@ import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, RequestContext
 
 from swampfs.errors import SwampfsError
-from swampfs.fs.attributes import Attributes, Change
+from swampfs.fs.attributes import Attributes, Caller, Change
+from swampfs.fs.lockfiles import LOCK_BASE
 from swampfs.fs.vfs import FileSystem
 from swampfs.state.schema import is_disk_full
 
@@ -89,15 +90,23 @@ class Operations(pyfuse3.Operations):
         if len(name) > _LONGEST_NAME:
             raise FUSEError(errno.ENAMETOOLONG)
         try:
-            found = self._fs.lookup(parent_inode, name.decode())
+            if self._fs.may_be_lock(name):
+                found = await self._lookup_lock(parent_inode, name.decode())
+            else:
+                found = self._fs.lookup(parent_inode, name.decode())
         except UnicodeDecodeError:
             found = None  # no such name can exist here
         if found is None:
             negative = pyfuse3.EntryAttributes()
             negative.st_ino = 0
-            negative.entry_timeout = CACHE_S
+            negative.entry_timeout = CACHE_S if self._fs.caches_absence(parent_inode) else 0
             return negative
         return _entry(found)
+
+    async def _lookup_lock(self, parent_inode: InodeT, name: str) -> Attributes | None:
+        with trio.move_on_after(self.timeout_s):
+            return await self._fs.lookup_lock(parent_inode, name)
+        raise FUSEError(errno.ETIMEDOUT)
 
     @_handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
@@ -139,29 +148,29 @@ class Operations(pyfuse3.Operations):
 
     # --- names --------------------------------------------------------------------------------------------
 
-    @_handler
+    @_bounded
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
         mode_after = mode & ~ctx.umask
-        return _entry(self._fs.mkdir(parent_inode, _text(name), mode_after, (ctx.uid, ctx.gid)))
+        return _entry(await self._fs.mkdir(parent_inode, _text(name), mode_after, _caller(ctx)))
 
-    @_handler
+    @_bounded
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         mode_after = mode & ~ctx.umask
-        number, found = self._fs.create(parent_inode, _text(name), mode_after, flags, (ctx.uid, ctx.gid))
-        return _file_info(number), _entry(found)
+        number, found = await self._fs.create(parent_inode, _text(name), mode_after, flags, _caller(ctx))
+        return _file_info(number, found.ino), _entry(found)
 
-    @_handler
+    @_bounded
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
         if not stat.S_ISREG(mode):
             raise FUSEError(errno.EPERM)  # devices, pipes and sockets have no place in a datastore
         flags = os.O_RDWR | os.O_EXCL
-        number, found = self._fs.create(parent_inode, _text(name), mode & ~ctx.umask, flags, (ctx.uid, ctx.gid))
+        number, found = await self._fs.create(parent_inode, _text(name), mode & ~ctx.umask, flags, _caller(ctx))
         self._fs.files.release(number)
         return _entry(found)
 
@@ -177,13 +186,13 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         raise FUSEError(errno.EPERM)  # an object has one name; EPERM is what link(2) says of such a file system
 
-    @_handler
+    @_bounded
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        self._fs.unlink(parent_inode, _text(name))
+        await self._fs.unlink(parent_inode, _text(name), _caller(ctx))
 
-    @_handler
+    @_bounded
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        self._fs.rmdir(parent_inode, _text(name))
+        await self._fs.rmdir(parent_inode, _text(name), _caller(ctx))
 
     @_bounded
     async def rename(
@@ -198,7 +207,8 @@ class Operations(pyfuse3.Operations):
         if flags & pyfuse3.RENAME_EXCHANGE:
             raise FUSEError(errno.EINVAL)
         replace = not flags & pyfuse3.RENAME_NOREPLACE
-        await self._fs.rename(parent_inode_old, _text(name_old), parent_inode_new, _text(name_new), replace=replace)
+        old, new = (parent_inode_old, _text(name_old)), (parent_inode_new, _text(name_new))
+        await self._fs.rename(old, new, _caller(ctx), replace=replace)
 
     @_bounded
     async def setattr(
@@ -217,21 +227,21 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
         )
-        return _entry(await self._fs.setattr(inode, change))
+        return _entry(await self._fs.setattr(inode, change, ctx.pid))
 
     # --- files --------------------------------------------------------------------------------------------
 
     @_bounded
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
-        return _file_info(await self._fs.open(inode, flags))
+        return _file_info(await self._fs.open(inode, flags, ctx.pid), inode)
 
     @_handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return self._fs.files.read(fh, off, size)
 
-    @_handler
+    @_bounded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        return self._fs.files.write(fh, off, buf)
+        return await self._fs.files.write(fh, off, buf)
 
     async def flush(self, fh: FileHandleT) -> None:
         raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
@@ -270,8 +280,7 @@ def _entry(found: Attributes) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = found.ino
     entry.generation = 0  # inode numbers are never reused
-    entry.entry_timeout = CACHE_S
-    entry.attr_timeout = CACHE_S
+    entry.entry_timeout = entry.attr_timeout = CACHE_S if found.ino < LOCK_BASE else 0
     entry.st_mode = found.mode
     entry.st_nlink = found.nlink
     entry.st_uid = found.uid
@@ -286,6 +295,12 @@ def _entry(found: Attributes) -> pyfuse3.EntryAttributes:
     return entry
 
 
-def _file_info(number: int) -> pyfuse3.FileInfo:
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid)
+
+
+def _file_info(number: int, ino: int) -> pyfuse3.FileInfo:
+    if ino >= LOCK_BASE:
+        return pyfuse3.FileInfo(fh=number, direct_io=True)
     # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
     return pyfuse3.FileInfo(fh=number, keep_cache=True)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyfuse3
 import trio
@@ -20,6 +20,7 @@ from swampfs.threads import Lane, Threads
 
 log = logging.getLogger(__name__)
 
+_NAMES_S = 0.1
 _MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
 
 
@@ -86,30 +87,61 @@ class Invalidator:
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._queue: list[TreeChange] = []
+        self._names: list[TreeChange] = []
+        self._inodes: list[TreeChange] = []
         self._wake = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
 
     def __call__(self, changes: list[TreeChange]) -> None:
-        self._queue.extend(changes)
-        self._wake.set()
+        if changes:
+            self._names.extend(changes)
+            self._inodes.extend(changes)
+            self._idle = trio.Event()
+            self._wake.set()
 
     async def run(self) -> None:
         """Deliver, for ever. Start it once the kernel is attached."""
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
-            batch, self._queue = self._queue, []
-            try:
-                await self._threads.read(Lane.KERNEL, _invalidate, batch)
-            except OSError as error:
-                log.info("the kernel refused an invalidation: %s", error)
+            await self._forget_inodes()
+            names, self._names = self._names, []
+            await self._deliver(Lane.KERNEL, _forget_names, names)
+            if not self._names:
+                self._idle.set()
+
+    async def settle(self) -> None:
+        """Return when no look at anything reported so far can show what was before.
+
+        A name below a directory that the caller's own operation holds cannot be forgotten before that is over; but its
+        inode can, and then the kernel asks (ESTALE) what the name means.
+        """
+        if not self._idle.is_set():
+            await self._forget_inodes()
+            with trio.move_on_after(_NAMES_S):
+                await self._idle.wait()
+
+    async def _forget_inodes(self) -> None:
+        batch, self._inodes = self._inodes, []
+        await self._deliver(Lane.INODES, _forget_inodes, batch)
+
+    async def _deliver(self, lane: Lane, fn: Callable[[list[TreeChange]], None], batch: list[TreeChange]) -> None:
+        try:
+            await self._threads.read(lane, fn, batch)
+        except OSError as error:
+            log.info("the kernel refused an invalidation: %s", error)
 
 
-def _invalidate(changes: list[TreeChange]) -> None:
+def _forget_inodes(changes: list[TreeChange]) -> None:
     for change in changes:
-        with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
-            if change.name:
-                pyfuse3.invalidate_entry(change.parent, change.name.encode())
         if change.ino:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
                 pyfuse3.invalidate_inode(change.ino, attr_only=not change.content)
+
+
+def _forget_names(changes: list[TreeChange]) -> None:
+    for change in changes:
+        if change.name:
+            with contextlib.suppress(FileNotFoundError):
+                pyfuse3.invalidate_entry(change.parent, change.name.encode())

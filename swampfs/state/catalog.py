@@ -51,6 +51,7 @@ class Catalog:
             set_aside(path)
             self.rebuilt = True
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
+        self.db.execute("CREATE INDEX IF NOT EXISTS node_explicit ON node (path) WHERE explicit = 1")
         if self.db.execute("SELECT 1 FROM node WHERE ino = ?", (ROOT_INO,)).fetchone() is None:
             now = time.time_ns()
             self.db.execute(
@@ -98,6 +99,16 @@ class Catalog:
             (path, low, high, Kind.FILE),
         ).fetchall()
         return map(_row_node, rows)
+
+    def empty_directories(self, scope: str) -> list[RelPath]:
+        """Directories below ``scope`` that were made by ``mkdir`` and have nothing in them."""
+        low, high = (f"{scope}/", f"{scope}0") if scope else ("", "\U0010ffff")
+        rows = self.db.execute(
+            "SELECT path FROM node AS directory WHERE explicit = 1 AND path > ? AND path < ? AND kind = ?"
+            " AND NOT EXISTS (SELECT 1 FROM node WHERE parent = directory.ino) ORDER BY path",
+            (low, high, Kind.DIRECTORY),
+        ).fetchall()
+        return [RelPath(row[0]) for row in rows]
 
     def dirty_files(self) -> list[RelPath]:
         rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,)).fetchall()
@@ -278,6 +289,9 @@ class Catalog:
 
     def set_fact(self, key: str, value: str) -> None:
         self.db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (key, value))
+
+    def drop_fact(self, key: str) -> None:
+        self.db.execute("DELETE FROM fact WHERE key = ?", (key,))
 
     def note_lock(self, key: str, nonce: str | None) -> None:
         """Remember a lock about to be taken (``None``: released), so that a successor process can give it back."""

@@ -30,7 +30,7 @@ from swampfs.errors import (
     PreconditionsUnsupportedError,
     StoreError,
 )
-from swampfs.provider import ABSENT, Blob, ObjectInfo, matching
+from swampfs.provider import ABSENT, ObjectInfo, matching
 from swampfs.records import LockInfo, timestamp
 from swampfs.sync.remote import Remote
 from swampfs.threads import Lane
@@ -107,6 +107,12 @@ class Lock:
         self._trust_pids = trust_pids
         self._clock = clock
         self._note = note
+        self.content: bytes | None = None
+        """What a user wrote into the lock, as a file; ``None`` = a body of ours."""
+        self.contended = False
+        """Whether somebody else held it when it was last asked for."""
+        self.on_wait: Callable[[LockInfo | None], None] = lambda holder: None
+        self._turn = trio.Lock()  # a heartbeat under way must not make our own next write look like a stranger's
         self._etag = ""
         self._nonce: str | None = None
         self._wanted = ""  # of the acquisition last begun
@@ -118,6 +124,16 @@ class Lock:
     def held(self) -> bool:
         return self._nonce is not None
 
+    @property
+    def beat_s(self) -> float:
+        """Seconds between two renewals."""
+        return self._ttl_ms / 3000
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the lock is ours beyond doubt: held, and renewed within its TTL."""
+        return self._nonce is not None and self._clock() - self._renewed <= self._ttl_ms / 1000
+
     def check(self) -> None:
         """Raises LeaseLostError unless the lock is surely still ours. Call right before what it guards."""
         if self._nonce is None:
@@ -125,37 +141,87 @@ class Lock:
         if self._clock() - self._renewed > self._ttl_ms / 1000:
             raise LeaseLostError(f"the lock {self.key} could not be renewed in time")
 
-    async def acquire(self) -> None:
+    async def acquire(self, max_wait_s: float | None = None) -> None:
         """Raises LockTimeoutError after ``max_wait_s``, StoreError if the store does not answer."""
         started = self._clock()
+        patience = self._max_wait_s if max_wait_s is None else max_wait_s
         nonce = self._wanted = str(uuid.uuid4())
         self._note(self.key, nonce)
         pause = FIRST_RETRY_S
+        self.contended = False
         while True:
             if await self._try_create(nonce):
                 return
             holder = await self._inspect()
             if holder is not None and await self._steal_if_stale(*holder):
                 continue
+            self.contended = True
+            self.on_wait(holder[0] if holder else None)
             waited = self._clock() - started
-            if waited >= self._max_wait_s:
+            if waited >= patience:
                 self._note(self.key, None)
-                raise _timeout(self.key, holder[0] if holder else None, waited)
-            await trio.sleep(min(pause, max(0.0, self._max_wait_s - waited)) * random.uniform(0.75, 1.25))  # noqa: S311
+                raise lock_timeout(self.key, holder[0] if holder else None, waited)
+            await trio.sleep(min(pause, max(0.0, patience - waited)) * random.uniform(0.75, 1.25))  # noqa: S311
             pause = min(pause * 2, self._retry_s)
+
+    async def take(self) -> bool:
+        """Acquire without waiting, breaking a stale lock. Returns whether it is ours; raises StoreError."""
+        nonce = self._wanted = str(uuid.uuid4())
+        for _ in range(2):
+            if await self._try_create(nonce):
+                return True
+            holder = await self._inspect()
+            if holder is not None and not await self._steal_if_stale(*holder):
+                return False
+        return False
+
+    async def rewrite(self, content: bytes | None) -> None:
+        """Renew with other content: fenced, so that it is never a successor's lock.
+
+        Raises LeaseLostError if the lock is not ours any more, StoreError if the store does not answer.
+        """
+        async with self._turn:
+            if self._nonce is None:
+                raise LeaseLostError(f"the lock {self.key} was lost to another machine")
+            before, self.content = self._clock(), content
+            body = self._body(self._nonce)
+            try:
+                info = await self._remote.put(self.key, body, matching(self._etag), Lane.LOCK)
+            except (PreconditionError, AbsentError):
+                found = await self.look()
+                if found is None or found[1] != body:  # else the first attempt of a repeated put was applied
+                    self._nonce = None
+                    raise LeaseLostError(f"the lock {self.key} was lost to another machine") from None
+                info = found[2]
+            self._etag, self._renewed = info.etag, before
 
     async def release(self) -> None:
         """Remove our lock, and only ours. Idempotent; a store that does not answer leaves it to the TTL."""
-        nonce, self._nonce = self._nonce, None
-        if nonce is None:
-            return
         try:
-            await self._remote.delete(self.key, matching(self._etag), Lane.LOCK)
-        except (PreconditionError, AbsentError):
-            log.info("lock %s was taken over before we released it", self.key)
+            if not await self.give_up():
+                log.info("lock %s was taken over before we released it", self.key)
         except StoreError as error:
             log.info("lock %s stays until its TTL: %s", self.key, error)
-        self._note(self.key, None)
+
+    async def give_up(self) -> bool:
+        """As :meth:`release`; returns whether it still was ours. Raises StoreError."""
+        async with self._turn:
+            nonce, self._nonce = self._nonce, None
+            if nonce is None:
+                return False
+            try:
+                return await self.break_version(self._etag)
+            finally:
+                self._note(self.key, None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a renewal is under way, so that what the store shows may be ours without our knowing yet."""
+        return self._turn.locked()
+
+    def is_version(self, etag: str) -> bool:
+        """Whether this version of the lock is the one we wrote."""
+        return self._nonce is not None and etag == self._etag
 
     async def abandon(self) -> None:
         """An acquisition was cancelled: if it had succeeded all the same, give the lock back."""
@@ -167,22 +233,43 @@ class Lock:
         found = await self._inspect()
         return found[0] if found else None
 
+    async def look(self) -> tuple[LockInfo | None, bytes, ObjectInfo] | None:
+        """Holder, content and version as they are now; ``None`` if there definitely is no lock. Raises StoreError."""
+        try:
+            blob = await self._remote.get(self.key, lane=Lane.LOCK)
+        except AbsentError:
+            self._sightings.pop(self.key, None)
+            return None
+        assert blob is not None
+        self._sight(blob.info.etag)
+        return decode_lock(blob.body), blob.body, blob.info
+
+    def unmoved_s(self, etag: str) -> float:
+        """For how long, on our own clock, this version of somebody's lock has been seen not to move."""
+        return self._clock() - self._sight(etag).since
+
+    async def break_version(self, etag: str) -> bool:
+        """Remove the lock if it still is this very version of it."""
+        try:
+            await self._remote.delete(self.key, matching(etag), Lane.LOCK)
+        except (PreconditionError, AbsentError):
+            return False
+        return True
+
     async def force_release(self, nonce: str) -> bool:
         """Remove somebody's lock, if it still is that acquisition's."""
         found = await self._inspect()
         if found is None or found[0] is None or found[0].nonce != nonce:
             return False
-        try:
-            await self._remote.delete(self.key, matching(found[1].etag), Lane.LOCK)
-        except (PreconditionError, AbsentError):
-            return False
-        return True
+        return await self.break_version(found[1].etag)
 
     async def renew(self) -> None:
         """One heartbeat. Marks the lock lost if its version is not the one we wrote."""
-        if self._nonce is None:
-            return
-        nonce = self._nonce
+        async with self._turn:
+            if self._nonce is not None:
+                await self._renew(self._nonce)
+
+    async def _renew(self, nonce: str) -> None:
         before = self._clock()
         try:
             info = await self._remote.put(self.key, self._body(nonce), matching(self._etag), Lane.LOCK)
@@ -199,7 +286,7 @@ class Lock:
     async def heartbeat(self) -> None:
         """Renew every third of the TTL until cancelled or lost."""
         while self.held:
-            await trio.sleep(self._ttl_ms / 3000)
+            await trio.sleep(self.beat_s)
             await self.renew()
 
     # --- parts --------------------------------------------------------------------------------------------
@@ -221,45 +308,47 @@ class Lock:
     async def _adopt(self, nonce: str) -> bool:
         """A put that was refused, or not answered, may have been applied: then the lock carries our nonce (H28)."""
         before = self._clock()
-        found = await self._inspect()
-        if found is None or found[0] is None or found[0].nonce != nonce:
+        found = await self.look()
+        if found is None:
             return False
-        self._etag, self._nonce, self._renewed = found[1].etag, nonce, before
-        return True
+        holder, body, info = found
+        ours = body == self.content if self.content is not None else holder is not None and holder.nonce == nonce
+        if ours:
+            self._etag, self._nonce, self._renewed = info.etag, nonce, before
+        return ours
 
     async def _inspect(self) -> tuple[LockInfo | None, ObjectInfo] | None:
-        try:
-            blob: Blob | None = await self._remote.get(self.key, lane=Lane.LOCK)
-        except AbsentError:
-            self._sightings.pop(self.key, None)
-            return None
-        assert blob is not None
-        return decode_lock(blob.body), blob.info
+        found = await self.look()
+        return (found[0], found[2]) if found else None
 
-    async def _steal_if_stale(self, holder: LockInfo | None, info: ObjectInfo) -> bool:
-        now = self._clock()
+    def _sight(self, etag: str) -> Sighting:
         sighting = self._sightings.get(self.key)
-        if sighting is None or sighting.etag != info.etag:
-            sighting = self._sightings[self.key] = Sighting(info.etag, now)
+        if sighting is None or sighting.etag != etag:
+            sighting = self._sightings[self.key] = Sighting(etag, self._clock())
+        return sighting
+
+    def is_stale(self, holder: LockInfo | None, etag: str) -> bool:
+        """Nobody has moved the lock for its own TTL, on our clock; or its process is dead on this very host."""
         ttl_ms = holder.ttl_ms if holder else self._ttl_ms
         dead = self._trust_pids and holder is not None and _pid_is_dead(holder)
-        if not dead and now - sighting.since <= ttl_ms / 1000:
-            return False
-        try:
-            await self._remote.delete(self.key, matching(info.etag), Lane.LOCK)
-        except (PreconditionError, AbsentError):
-            return False  # it moved after all, or another one stole it first
+        return dead or self.unmoved_s(etag) > ttl_ms / 1000
+
+    async def _steal_if_stale(self, holder: LockInfo | None, info: ObjectInfo) -> bool:
+        if not self.is_stale(holder, info.etag) or not await self.break_version(info.etag):
+            return False  # it is alive; or it moved after all, or another one stole it first
         await trio.sleep(random.uniform(0.2, 0.5))  # noqa: S311
         return True
 
     def _body(self, nonce: str) -> bytes:
+        if self.content is not None:
+            return self.content
         user = os.environ.get("USER") or os.environ.get("USERNAME") or "unknown"
         host = socket.gethostname()
         info = LockInfo(f"{user}@{host}", host, os.getpid(), timestamp(time.time_ns()), self._ttl_ms, nonce)
         return encode_lock(info)
 
 
-def _timeout(key: str, holder: LockInfo | None, waited_s: float) -> LockTimeoutError:
+def lock_timeout(key: str, holder: LockInfo | None, waited_s: float) -> LockTimeoutError:
     who = f" held by {holder.holder} (pid {holder.pid})" if holder else ""
     waited_ms = int(waited_s * 1000)
     text = f'Lock "{key}"{who} — timed out after {waited_ms}ms'
@@ -300,7 +389,7 @@ async def wait_until_free(lock: Lock, max_wait_s: float) -> None:
             return
         waited = time.monotonic() - started
         if waited >= max_wait_s:
-            raise _timeout(lock.key, await lock.inspect(), waited)
+            raise lock_timeout(lock.key, await lock.inspect(), waited)
         await trio.sleep(min(RETRY_S, max_wait_s))
 
 

@@ -1,6 +1,6 @@
 """Publishing local changes: content, then index, then deletes, each under the right lock.
 
-One push takes a batch of models. For each, the model lock is taken and the global lock checked (spec §9.4); the
+One push takes a batch of paths under the leases that cover them (:mod:`swampfs.sync.leases`, spec §9.4); the
 remote entries of its dirty paths are compared with what the changes were based on; content is uploaded, ``latest``
 markers last; the index is committed under the global lock; deleted objects are removed; and exactly the uploaded
 generations are retired. A path that another machine changed meanwhile is a conflict: the remote version stays, ours
@@ -24,12 +24,12 @@ from swampfs.errors import (
 )
 from swampfs.names import (
     ROOT_PARTITION,
-    ModelRef,
     RelPath,
     home_partition,
     is_below,
     is_latest_marker,
     is_publishable,
+    lease_path,
     model_of,
     partition_key,
 )
@@ -38,13 +38,13 @@ from swampfs.records import DirtyPath, Finding, IndexEntry, IndexMode, Node, Op,
 from swampfs.state.apply import apply_delta
 from swampfs.sync.hydrate import hash_file
 from swampfs.sync.index import MONOLITH
-from swampfs.sync.locks import Lock, hold, is_free, prove_exclusive_create, wait_until_free
+from swampfs.sync.leases import Leases
+from swampfs.sync.locks import Lock, hold
 from swampfs.sync.parallel import for_each
 from swampfs.sync.parts import Parts
 from swampfs.threads import Lane
 
 _UPLOADS_AT_ONCE = 16
-_EXCLUSIVE_PROVEN = "exclusive_create_proven"
 
 
 @dataclass(slots=True)
@@ -72,8 +72,7 @@ class Pusher:
         is_open: Callable[[str], bool],
         drop_content: Callable[[Node], None],
         make_lock: Callable[[str], Lock],
-        fenced: bool,
-        lock_timeout_s: float,
+        leases: Leases,
     ) -> None:
         self._remote = parts.remote
         self._keys = parts.keys
@@ -85,25 +84,34 @@ class Pusher:
         self._is_open = is_open
         self._drop_content = drop_content
         self._make_lock = make_lock
-        self._fenced = fenced  # the store has object preconditions worth proving
-        self._lock_timeout_s = lock_timeout_s
+        self._leases = leases
 
-    async def push(self, paths: Sequence[str]) -> tuple[PushReport, list[TreeChange]]:
-        """Push the given journaled paths, each under the lock of its model.
+    async def push(
+        self, paths: Sequence[str], *, even_open: Container[str] = ()
+    ) -> tuple[PushReport, list[TreeChange]]:
+        """Push the given journaled paths, each under its lock.
 
-        Paths still open for writing wait for their close, paths of models that others have locked for their release.
-        Returns what was done and what the kernel must forget.
+        Paths still open for writing wait for their close, unless they are in ``even_open``: then what they hold now is
+        published. Paths of models that others have locked wait for their release. Returns what was done and what the
+        kernel must forget.
 
         Raises:
-            LockTimeoutError: the global lock is held; nothing was committed.
+            LockTimeoutError: the global lock is held; nothing was committed, and our own locks were given back.
             LeaseLostError, StoreError: what was not committed stays journaled; the same push can be repeated.
         """
-        ready = [path for path in paths if is_publishable(path) and not self._is_open(path)]
+        try:
+            return await self._push(paths, lambda path: path not in even_open and self._is_open(path))
+        except LockTimeoutError:
+            await self._leases.give_way()
+            raise
+
+    async def _push(self, paths: Sequence[str], is_open: Callable[[str], bool]) -> tuple[PushReport, list[TreeChange]]:
+        ready = [path for path in paths if is_publishable(path) and not is_open(path)]
         async with AsyncExitStack() as stack:
-            models = {model for path in ready if (model := model_of(path)) is not None}
-            locks, waiting = await self._lock_models(stack, sorted(models))
+            names = {lease_path(path) for path in ready}
+            locks, waiting = await stack.enter_async_context(self._leases.pinned(sorted(names)))
             # Asked once more: taking locks may have taken long. From the seal on, a change opens a new generation.
-            ready = [path for path in ready if model_of(path) not in waiting and not self._is_open(path)]
+            ready = [path for path in ready if lease_path(path) not in waiting and not is_open(path)]
             batch = _Batch(self._journal.seal(ready))
             try:
                 if batch.records:
@@ -115,48 +123,23 @@ class Pusher:
             deleted=len(batch.deletes),
             conflicts=tuple(record.path for record in batch.conflicts),
             waiting=tuple(sorted(waiting)),
-            open_files=tuple(path for path in paths if self._is_open(path)),
+            open_files=tuple(path for path in paths if is_open(path)),
             failure=batch.failures[0] if batch.failures else None,
         )
         return report, batch.changes
 
     # --- locks --------------------------------------------------------------------------------------------
 
-    async def _lock_models(self, stack: AsyncExitStack, models: Sequence[ModelRef]) -> tuple[list[Lock], set[ModelRef]]:
-        """Model locks in order, with the global lock seen free after the last (spec §9.4).
-
-        While a structural command holds the global lock we hold none of them: it is waiting for them to go.
-        """
-        while True:
-            held: list[Lock] = []
-            waiting: set[ModelRef] = set()
-            async with AsyncExitStack() as attempt:
-                for model in models:
-                    lock = self._make_lock(self._keys.model_lock(model))
-                    try:
-                        held.append(await attempt.enter_async_context(hold(lock)))
-                    except LockTimeoutError:
-                        waiting.add(model)
-                if held:
-                    await self._prove_exclusive(held[0])
-                global_lock = self._make_lock(self._keys.global_lock)
-                if not held or await is_free(global_lock):
-                    stack.push_async_exit(attempt.pop_all())
-                    return held, waiting
-            await wait_until_free(global_lock, self._lock_timeout_s)
-
     async def _lock_global(self, stack: AsyncExitStack, locks: list[Lock]) -> None:
+        """Ours for the commit; or a user's, who took it as a file and works under it."""
+        await stack.enter_async_context(self._leases.global_gate)
+        taken = self._leases.taken_global()
+        if taken is not None:
+            locks.append(taken)
+            return
         lock = self._make_lock(self._keys.global_lock)
         await stack.enter_async_context(hold(lock))
-        if not locks:
-            await self._prove_exclusive(lock)
         locks.append(lock)
-
-    async def _prove_exclusive(self, lock: Lock) -> None:
-        """Once per state directory: see that creating a lock twice is refused."""
-        if self._fenced and self._catalog.fact(_EXCLUSIVE_PROVEN) is None:
-            await prove_exclusive_create(self._remote, lock)
-            self._catalog.set_fact(_EXCLUSIVE_PROVEN, timestamp(time.time_ns()))
 
     # --- one push -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
+from typing import Any
 
 from swampfs.errors import StoreError
 from swampfs.names import Keyspace, RelPath, is_scratch
@@ -19,12 +20,15 @@ from swampfs.state.catalog import Catalog
 from swampfs.state.journal import Journal
 from swampfs.state.sidecar import Sidecar
 from swampfs.sync.hydrate import Hydrator
-from swampfs.sync.locks import Lock
+from swampfs.sync.leases import Leases
+from swampfs.sync.locks import Lock, prove_exclusive_create
+from swampfs.sync.parallel import for_each
 from swampfs.sync.parts import Parts
 from swampfs.sync.pull import Puller
 from swampfs.sync.push import Pusher
 from swampfs.sync.remote import Remote
 from swampfs.sync.replay import replay
+from swampfs.sync.reserved import Reservations
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +36,7 @@ MakeLock = Callable[[str, Callable[[str, str | None], None]], Lock]
 """Makes the lock of a key; the second argument is told what is about to be held, and what no longer is."""
 
 _PROVEN = "preconditions_proven"
-
-
-class _Busy:
-    """Paths a remote change must not touch now: journaled, or open for writing."""
-
-    def __init__(self, service: SyncService) -> None:
-        self._service = service
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._service.journal or self._service.is_open(str(path))
+_EXCLUSIVE_PROVEN = "exclusive_create_proven"
 
 
 class SyncService:
@@ -56,10 +51,12 @@ class SyncService:
         *,
         make_lock: MakeLock,
         prove: Callable[[], Awaitable[None]] | None,
-        start_soon: Callable[[Callable[[RelPath], Awaitable[None]], RelPath], None],
+        start_soon: Callable[..., Any],
         timeout_s: float,
-        lock_timeout_s: float,
+        lock_wait_s: float,
+        queue_offline: bool = True,
     ) -> None:
+        """``lock_wait_s`` bounds how long a writer waits for another machine's lock."""
         self.remote = remote
         self.catalog = Catalog(f"{home}/state/catalog.db")
         self.journal = Journal(f"{home}/state/journal.db")
@@ -72,23 +69,55 @@ class SyncService:
         """Whether a file is open for writing; set by the file system."""
         self.drop_content: Callable[[Node], None] = lambda node: self.cache.remove(node.path)
         """What becomes of an inode whose name stands for other content now; set by the file system."""
-        self._puller = Puller(parts, _Busy(self), lambda node: self.drop_content(node))
+        self._reservations = Reservations(remote, keys, self.catalog)
+        self.leases = Leases(
+            keys,
+            make_lock=self.lock,
+            refresh=self._refresh_under,
+            before_release=self._reservations.store,
+            prove_exclusive=self._prove_exclusive,
+            start_soon=start_soon,
+            wait_s=lock_wait_s,
+            queue_offline=queue_offline,
+        )
+        self._puller = Puller(parts, self.journal, lambda node: self.drop_content(node))
         self._pusher = Pusher(
             parts,
-            busy=_Busy(self),
+            busy=self.journal,
             is_open=lambda path: self.is_open(path),
             drop_content=lambda node: self.drop_content(node),
-            make_lock=self._lock,
-            fenced=prove is not None,
-            lock_timeout_s=lock_timeout_s,
+            make_lock=self.lock,
+            leases=self.leases,
         )
         self._prove = prove
         self._make_lock = make_lock
         self.on_changes: Callable[[list[TreeChange]], None] | None = None
+        self.settle: Callable[[], Awaitable[None]] = _nothing
+        """Return when the kernel shows nothing older than what was announced; set by the composition root."""
         self.refreshed_at: float | None = None
 
-    def _lock(self, key: str) -> Lock:
+    def lock(self, key: str) -> Lock:
+        """The lock of a key, given back by the next process should this one die with it."""
         return self._make_lock(key, self.catalog.note_lock)
+
+    async def _prove_exclusive(self, lock: Lock) -> None:
+        """Once per state directory, with a lock in hand: see that creating it twice is refused."""
+        if self._prove is not None and self.catalog.fact(_EXCLUSIVE_PROVEN) is None:
+            await prove_exclusive_create(self.remote, lock)
+            self.catalog.set_fact(_EXCLUSIVE_PROVEN, timestamp(time.time_ns()))
+
+    async def _refresh_under(self, name: RelPath) -> None:
+        """With a lock in hand: see everything that was done under it so far."""
+        shown: list[TreeChange] = []
+
+        async def directories() -> None:
+            shown.extend(await self._reservations.load(name))
+
+        errors = await for_each([self.pull_changed, directories], lambda fn: fn(), at_once=2)
+        self._announce(shown)
+        if errors:
+            raise errors[0]
+        await self.settle()
 
     def close(self) -> None:
         self.catalog.close()
@@ -122,7 +151,7 @@ class SyncService:
         """Locks of a process that died holding them: nobody has to wait for their TTL."""
         for key, nonce in self.catalog.noted_locks().items():
             try:
-                await self._lock(key).force_release(nonce)
+                await self.lock(key).force_release(nonce)
             except StoreError as error:
                 log.info("lock %s stays until its TTL: %s", key, error)
             self.catalog.note_lock(key, None)
@@ -155,9 +184,9 @@ class SyncService:
         self._announce(changes)
         return changes
 
-    async def push_changed(self, paths: Sequence[str]) -> PushReport:
+    async def push_changed(self, paths: Sequence[str], *, even_open: Container[str] = ()) -> PushReport:
         """See :meth:`swampfs.sync.push.Pusher.push`."""
-        report, changes = await self._pusher.push(paths)
+        report, changes = await self._pusher.push(paths, even_open=even_open)
         if len(self.journal) == 0:
             self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
         self._announce(changes)
@@ -166,3 +195,7 @@ class SyncService:
     def _announce(self, changes: list[TreeChange]) -> None:
         if changes and self.on_changes is not None:
             self.on_changes(changes)
+
+
+async def _nothing() -> None:
+    return

@@ -48,8 +48,8 @@ def plain(tmp_path):
 def test_a_restart_after_a_file_became_a_directory(store, tmp_path):
     async def main():
         async with machine(store, tmp_path / "a") as a:
-            a.unlink("files/a")
-            a.mkdirs("files/a")
+            await a.unlink("files/a")
+            await a.mkdirs("files/a")
             await a.write("files/a/x", b"below")
         async with machine(store, tmp_path / "a") as a:
             assert await a.read("files/a/x") == b"below"
@@ -72,13 +72,13 @@ def test_a_new_file_whose_commit_was_not_answered_can_be_removed_for_good(store,
             with pytest.raises(Cut):
                 await a.push()
             if not restart:
-                a.unlink("files/new")
+                await a.unlink("files/new")
                 await a.push()
                 await a.pull()
                 assert "files/new" not in a.names()
         async with machine(store, tmp_path / "a") as a:
             if restart:
-                a.unlink("files/new")
+                await a.unlink("files/new")
             await a.push()
             await a.pull()
             assert "files/new" not in a.names()
@@ -104,7 +104,7 @@ def test_a_kill_between_the_catalog_and_the_journal_of_a_finished_push(store, tm
             if then == "write":
                 await a.write("files/new", b"two, longer")
             else:
-                a.unlink("files/new")
+                await a.unlink("files/new")
             await a.push()
             await a.pull()
             no_conflict(a)
@@ -140,11 +140,11 @@ def test_a_parked_file_deleted_elsewhere_does_not_stay_as_a_ghost(tmp_path):
 
     async def main():
         async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
-            a.mkdirs("outputs")
+            await a.mkdirs("outputs")
             await a.write("outputs/p", b"parked")
             await a.push()
             await b.pull()
-            b.unlink("outputs/p")
+            await b.unlink("outputs/p")
             await b.push()
             await a.write("r", b"another in _root")
             await a.push()
@@ -155,17 +155,19 @@ def test_a_parked_file_deleted_elsewhere_does_not_stay_as_a_ghost(tmp_path):
     assert "outputs/p" not in check_bucket(Store(store))
 
 
-def test_a_remote_delete_of_a_file_that_is_open_for_writing_is_applied_after_its_close(store, tmp_path):
+def test_a_remote_delete_of_a_file_that_was_written_and_is_still_open_waits_for_its_push(store, tmp_path):
     async def main():
         async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
-            number = await a.fs.open(a.ino("files/a"), os.O_RDWR)
-            b.unlink("files/a")
+            number = await a.fs.open(a.ino("files/a"), os.O_RDWR, 0)
+            await b.unlink("files/a")
             await b.push()
+            await a.fs.files.write(number, 0, b"!")
             await a.pull()
             assert "files/a" in a.names()
             a.fs.files.release(number)
+            await a.push()
             await a.pull()
-            assert "files/a" not in a.names()
+            assert await a.read("files/a") == b"!"  # removed there, rewritten here: content wins over absence
 
     run(main)
 
@@ -176,7 +178,7 @@ def test_a_directory_datastore_whose_put_was_not_answered_has_no_conflict_with_i
 
     async def main():
         async with machine(faulty, tmp_path / "a", plain=True) as a:
-            a.mkdirs("files")
+            await a.mkdirs("files")
             await a.write("files/q", b"one")
             with pytest.raises(Cut):
                 await a.push()
@@ -192,12 +194,12 @@ def test_a_directory_datastore_whose_put_was_not_answered_has_no_conflict_with_i
 def test_a_file_hidden_by_a_local_directory_appears_when_that_goes(store, tmp_path):
     async def main():
         async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
-            a.mkdirs("files/d")
+            await a.mkdirs("files/d")
             await b.write("files/d", b"a file there")
             await b.push()
             await a.pull()
             assert [finding.kind for finding in a.sync.catalog.findings()] == ["index-clash"]
-            a.fs.rmdir(*a.parent("files/d"))
+            await a.rmdir("files/d")
             await a.pull()
             assert await a.read("files/d") == b"a file there"
 
@@ -207,7 +209,7 @@ def test_a_file_hidden_by_a_local_directory_appears_when_that_goes(store, tmp_pa
 def test_machines_agree_about_a_name_that_is_both_a_file_and_a_directory(store, tmp_path):
     async def main():
         async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
-            a.mkdirs("files/d")
+            await a.mkdirs("files/d")
             await a.write("files/d/x", b"in the directory")
             await b.write("files/d", b"the file")
             await b.push()
@@ -215,8 +217,8 @@ def test_machines_agree_about_a_name_that_is_both_a_file_and_a_directory(store, 
             for node in (a, b, a, b):
                 await node.pull()
             assert a.names() == b.names() == {*FILES, "files/d/x"}
-            a.unlink("files/d/x")
-            a.fs.rmdir(*a.parent("files/d"))
+            await a.unlink("files/d/x")
+            await a.rmdir("files/d")
             await a.push()
             for node in (a, b, a, b):
                 await node.pull()
@@ -229,7 +231,7 @@ def test_machines_agree_about_a_name_that_is_both_a_file_and_a_directory(store, 
 def test_an_acknowledged_removal_is_not_undone_by_a_kill_during_the_creation_that_follows(store, tmp_path):
     async def main():
         async with machine(store, tmp_path / "a") as a:
-            a.unlink("files/a")
+            await a.unlink("files/a")
 
             def die(rel):
                 raise Cut("killed here")
@@ -248,12 +250,12 @@ def test_an_acknowledged_removal_is_not_undone_by_a_kill_during_the_creation_tha
 def test_a_rename_whose_target_directory_vanished_during_its_hydration_is_refused_whole(store, tmp_path):
     async def main():
         async with machine(store, tmp_path / "a") as a:
-            a.mkdirs("files/into")
+            await a.mkdirs("files/into")
             original = a.sync.hydrate_file
 
             async def hydrate(path):
                 await original(path)
-                a.fs.rmdir(*a.parent("files/into"))
+                await a.rmdir("files/into")
 
             a.sync.hydrate_file = hydrate
             with pytest.raises(Exception, match=r"ESTALE|ENOENT"):
@@ -304,16 +306,16 @@ def test_a_shard_that_a_dead_commit_left_unlisted_is_swept_by_the_next(tmp_path,
 
     async def main():
         async with machine(faulty, tmp_path / "a") as a:
-            a.mkdirs("workflow-runs/w")
+            await a.mkdirs("workflow-runs/w")
             await a.write(rel, b"id: r\n")
             if died_at == "_index/_meta.json":
                 faulty.faults.append(Fault("put", died_at, error=Cut("cut")))
                 with pytest.raises(Cut):
                     await a.push()
-                a.unlink(rel)
+                await a.unlink(rel)
             else:
                 await a.push()
-                a.unlink(rel)
+                await a.unlink(rel)
                 faulty.faults.append(Fault("delete", died_at, error=KeyboardInterrupt()))
                 with contextlib.suppress(BaseException):
                     await a.push()
@@ -352,8 +354,8 @@ def test_an_entry_without_hash_whose_object_is_gone_does_not_block_a_push(tmp_pa
         async with machine(store, tmp_path / "a") as a, machine(store, tmp_path / "b") as b:
             await b.write("files/b", b"b")
             await b.push()  # the index is born, with hash-less entries for what was found
-            a.mkdirs("files")
-            a.unlink("files/a")
+            await a.mkdirs("files")
+            await a.unlink("files/a")
             await a.write("files/a", b"mine")
             shard = json.loads(store.get(".datastore-index.json").body)
             shard["entries"]["files/a"] = {"key": "files/a", "size": 4, "lastModified": "2026-08-03T09:14:22.401Z"}

@@ -136,17 +136,22 @@ def test_unpartitionable_files_are_parked_in_the_root_shard_and_survive_a_writer
     b.umount()
 
 
-def test_edits_of_one_file_on_two_machines_keep_both_contents(bucket, fleet):
+def test_edits_of_one_file_on_two_machines_keep_both_contents(bucket, fleet, network):
+    """One of them was cut off, or it would have waited for the other's lock."""
     load_shards(bucket, sample_files(models=1))
     slow = ("--refresh", "1h", "--push-delay", "1h")
+    way = network()
     a = fleet.machine("a", bucket.env, options=slow)
-    b = fleet.machine("b", bucket.env, options=slow)
+    b = fleet.machine("b", {**bucket.env, "AWS_ENDPOINT_URL_S3": way.url}, options=slow)
     a.mount(bucket.url)
     b.mount(bucket.url)
     raw = next(a.path.glob("data/**/item-0/1/raw")).relative_to(a.path)
-    (a.path / raw).write_text("from A")
+    way.cut()
     (b.path / raw).write_text("from B, later")
+    assert b.status()["offline"] is True
+    (a.path / raw).write_text("from A")
     a.flush()
+    way.mend()
     b.flush()
 
     assert check_bucket(bucket)[str(raw)] == b"from A"
@@ -161,15 +166,21 @@ def test_edits_of_one_file_on_two_machines_keep_both_contents(bucket, fleet):
     b.umount()
 
 
-def test_equal_edits_on_two_machines_are_no_conflict(bucket, fleet):
+def test_equal_edits_on_two_machines_are_no_conflict(bucket, fleet, network):
     load_shards(bucket, sample_files(models=1))
     slow = ("--refresh", "1h", "--push-delay", "1h")
-    machines = [fleet.machine(name, bucket.env, options=slow) for name in "ab"]
-    for machine in machines:
+    ways = [network(), network()]
+    machines = [
+        fleet.machine(name, {**bucket.env, "AWS_ENDPOINT_URL_S3": way.url}, options=slow)
+        for name, way in zip("ab", ways, strict=True)
+    ]
+    for machine, way in zip(machines, ways, strict=True):
         machine.mount(bucket.url)
         raw = next(machine.path.glob("data/**/item-0/1/raw"))
+        way.cut()
         raw.write_text("the same")
-    for machine in machines:
+    for machine, way in zip(machines, ways, strict=True):
+        way.mend()
         machine.flush()
         assert machine.status()["conflicts"] == 0
         machine.umount()

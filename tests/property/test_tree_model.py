@@ -37,19 +37,19 @@ async def step(node, model, op, *arguments):
     """One user action on the machine and on the model; both must agree on whether it can be done."""
     if op == "write":
         path, body = arguments
-        node.mkdirs(path.rpartition("/")[0])
+        await node.mkdirs(path.rpartition("/")[0])
         await node.write(path, body)
         model[path] = body
     elif op == "unlink":
         if arguments[0] in model:
-            node.unlink(arguments[0])
+            await node.unlink(arguments[0])
             del model[arguments[0]]
         else:
             with pytest.raises((FileError, FileNotFoundError)):
-                node.unlink(arguments[0])
+                await node.unlink(arguments[0])
     elif op == "rename" and arguments[0] in model:
         source, target = arguments
-        node.mkdirs(target.rpartition("/")[0])
+        await node.mkdirs(target.rpartition("/")[0])
         await node.rename(source, target)
         model[target] = model.pop(source)
     elif op == "rename_dir" and any(path.startswith(arguments[0] + "/") for path in model):

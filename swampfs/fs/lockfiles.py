@@ -1,0 +1,267 @@
+"""Swamp's lock files, which are not files: creating one takes the lock of the whole datastore.
+
+``O_CREAT|O_EXCL`` is a conditional put on the key all machines use, a rewrite in place a fenced renewal, ``unlink`` a
+fenced release, ``read`` a look at who holds it (architecture §4). As with NFS locks, what the holder of a lock sees is
+the latest state, and what it wrote is published before the lock is given up.
+
+A swamp process that believes to be on a plain directory judges by process id and wall clock whether a lock is stale
+(data model §7.1), which is wrong for a lock of another machine. So it is shown content by which it judges as we do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from swampfs.errors import LeaseLostError, StoreError
+from swampfs.fs.attributes import Attributes, Caller, Owner, fail, stale
+from swampfs.names import GLOBAL_LOCK_FILE, Keyspace, RelPath, is_model_lock, parent_of
+from swampfs.records import LockInfo, timestamp, timestamp_ns
+from swampfs.sync.lease import Lease
+from swampfs.sync.leases import Leases
+from swampfs.sync.locks import Lock, decode_lock, encode_lock
+from swampfs.sync.remote import Remote
+
+LOCK_BASE = 1 << 62
+"""Inodes of lock files; those of the other tiers stay below."""
+
+_LARGEST = 1 << 16
+_MODE = 0o644
+_SCAN_S = 1.0
+
+
+@dataclass(slots=True)
+class _Shown:
+    """A lock file as the kernel knows it."""
+
+    path: RelPath
+    ino: int
+    content: bytes = b""
+    etag: str = ""  # of the version that was shown; '' = taken here
+    mtime_ns: int = 0
+    caller: Caller | None = None  # who took it here
+
+
+class LockFiles:
+    """The third tier of the tree. Everything but :meth:`attributes` and :meth:`children` may wait."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        remote: Remote,
+        keys: Keyspace,
+        *,
+        owner: Owner,
+        make_lock: Callable[[str], Lock],
+        start_soon: Callable[..., object],
+    ) -> None:
+        self._leases = leases
+        self._remote = remote
+        self._keys = keys
+        self._owner = owner
+        self._make_lock = make_lock
+        self._start_soon = start_soon
+        self._shown: dict[RelPath, _Shown] = {}
+        self._by_ino: dict[int, _Shown] = {}
+        self._next = LOCK_BASE
+        self._lost: set[RelPath] = set()  # locks of our users that somebody else has by now
+        self._foreign: set[RelPath] = set()  # model locks of others, while a user of ours holds the global lock
+        self.publish: Callable[[RelPath], Awaitable[None]] = _nothing
+        """Commit what was written under the locks we hold; set by the composition root."""
+
+    # --- looking ------------------------------------------------------------------------------------------
+
+    async def lookup(self, path: RelPath) -> Attributes | None:
+        """Who holds it, as of now: one request. A lock that nobody keeps alive is nobody's. Raises StoreError."""
+        await self._leases.settled(path)
+        if self._leases.holds(path):
+            return None  # ours, on behalf of our writers: they shall not wait for themselves
+        lock = self._make_lock(self._keys.lock(path))
+        found = await lock.look()
+        lease = self._leases.taken(path)
+        if lease is not None:
+            if found is None or lease.lock.is_version(found[2].etag) or lease.lock.is_busy:
+                return self._attributes(self._show(path))
+            self._leases.forsake(lease)
+            self._lost.add(path)
+        if found is None or lock.is_stale(found[0], found[2].etag):
+            self._foreign.discard(path)
+            return None
+        shown = self._show(path)
+        holder, body, info = found
+        shown.content = _as_seen_here(lock, holder, body, info.etag)
+        shown.etag, shown.caller = info.etag, None
+        shown.mtime_ns = timestamp_ns(holder.acquired_at if holder else info.last_modified) or 0
+        return self._attributes(shown)
+
+    def attributes(self, ino: int) -> Attributes:
+        """As last shown. Raises ESTALE."""
+        return self._attributes(self._at(ino))
+
+    def children(self, directory: RelPath) -> list[tuple[str, Attributes]]:
+        """Locks to list: those users of this mount hold; while one is the global lock, all that must be drained."""
+        names = {*self._leases.taken_names(), *self._foreign}
+        found = [path for path in names if parent_of(path) == directory]
+        return sorted(((path.rpartition("/")[2], self._attributes(self._show(path))) for path in found), key=_by_inode)
+
+    def forget(self, ino: int) -> None:
+        shown = self._by_ino.get(ino)
+        if shown is not None and self._leases.taken(shown.path) is None:
+            del self._by_ino[ino]
+            self._shown.pop(shown.path, None)
+
+    # --- taking and giving back ---------------------------------------------------------------------------
+
+    async def create(self, path: RelPath, caller: Caller) -> tuple[int, Attributes]:
+        """Take the lock. Returns an anonymous file for its content. Raises EEXIST if it is held, StoreError."""
+        if path == GLOBAL_LOCK_FILE:
+            async with self._leases.global_gate:
+                lease = await self._leases.take(path)
+        else:
+            lease = await self._leases.take(path)
+        if lease is None:
+            raise fail(errno.EEXIST, path)
+        shown = self._show(path)
+        shown.content, shown.etag, shown.mtime_ns, shown.caller = b"", "", time.time_ns(), caller
+        self._lost.discard(path)
+        lease.alive = lambda: _is_alive(shown)
+        if path == GLOBAL_LOCK_FILE:
+            await self._scan()
+            self._start_soon(self._scan_while, lease)
+        return self._file(b""), self._attributes(shown)
+
+    async def unlink(self, path: RelPath) -> None:
+        """Give the lock back, or break somebody's: exactly the version that was looked at.
+
+        Raises EBUSY if it is another's by now, ENOENT, PushPendingError if what was written is not published.
+        """
+        lease = self._leases.taken(path)
+        if lease is not None:
+            await self.publish(path)
+            try:
+                await self._leases.untake(lease)
+                return
+            except LeaseLostError:
+                raise fail(errno.EBUSY, path) from None
+        if path in self._lost:
+            self._lost.discard(path)
+            raise fail(errno.EBUSY, path)  # by whoever had it: it is a successor's; asked again, it is meant
+        shown = self._shown.get(path)
+        if shown is None or not shown.etag:
+            raise fail(errno.ENOENT, path)
+        lock = self._make_lock(self._keys.lock(path))
+        if not await lock.break_version(shown.etag):
+            raise fail(errno.ENOENT if await lock.look() is None else errno.EBUSY, path)
+
+    async def replace(self, path: RelPath, content: bytes, caller: Caller) -> None:
+        """A file is renamed over the lock: a renewal by its holder, or taking it with that content."""
+        if self._leases.taken(path) is None:
+            number, _ = await self.create(path, caller)
+            os.close(number)
+        await self._rewrite(self._show(path), content)
+
+    # --- content ------------------------------------------------------------------------------------------
+
+    async def open(self, ino: int, flags: int) -> int:
+        """A private copy of the content. Writing is for the holder. Raises ESTALE, EBUSY."""
+        shown = self._at(ino)
+        writing = flags & (os.O_WRONLY | os.O_RDWR)
+        if writing and self._leases.taken(shown.path) is None:
+            raise fail(errno.EBUSY, shown.path)
+        return self._file(b"" if flags & os.O_TRUNC and writing else shown.content)
+
+    async def written(self, ino: int, fd: int) -> None:
+        """The holder changed its copy: once it is a whole lock record, renew with it."""
+        await self._rewrite(self._at(ino), os.pread(fd, _LARGEST, 0))
+
+    async def _rewrite(self, shown: _Shown, content: bytes) -> None:
+        lease = self._leases.taken(shown.path)
+        if lease is None:
+            raise fail(errno.EBUSY, shown.path)
+        if decode_lock(content) is not None:
+            await lease.lock.rewrite(content)
+        shown.content, shown.mtime_ns = content, time.time_ns()
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _show(self, path: RelPath) -> _Shown:
+        shown = self._shown.get(path)
+        if shown is None:
+            self._next += 1
+            shown = self._shown[path] = self._by_ino[self._next] = _Shown(path, self._next)
+        return shown
+
+    def _at(self, ino: int) -> _Shown:
+        try:
+            return self._by_ino[ino]
+        except KeyError:
+            raise stale(ino) from None
+
+    def _attributes(self, shown: _Shown) -> Attributes:
+        uid, gid = (shown.caller.uid, shown.caller.gid) if shown.caller else self._owner
+        time_ns = shown.mtime_ns
+        size = len(shown.content)
+        return Attributes(shown.ino, stat.S_IFREG | _MODE, 1, uid, gid, size, 1, time_ns, time_ns, time_ns)
+
+    def _file(self, content: bytes) -> int:
+        fd = os.memfd_create("lock", os.MFD_CLOEXEC)
+        os.pwrite(fd, content, 0)
+        return fd
+
+    async def _scan_while(self, lease: Lease) -> None:
+        """Swamp's structural commands look for model locks in the tree, until there are none (spec §9.4)."""
+        while self._leases.taken(lease.name) is lease:
+            await trio.sleep(_SCAN_S)
+            try:
+                await self._scan()
+            except StoreError:
+                continue  # the last answer stands
+        self._foreign = set()
+
+    async def _scan(self) -> None:
+        found = set()
+        for info in await self._remote.list(self._keys.data("data/")):
+            path = RelPath(self._keys.rel(info.key) or "")
+            if is_model_lock(path) and not self._leases.holds(path) and self._leases.taken(path) is None:
+                found.add(path)
+        self._foreign = found
+
+
+async def _nothing(path: RelPath) -> None:
+    return
+
+
+def _by_inode(item: tuple[str, Attributes]) -> int:
+    return item[1].ino
+
+
+def _is_alive(shown: _Shown) -> bool:
+    """Whether the process that took a lock lives: the one it wrote into the file, else the one that made it."""
+    text = shown.content.strip()
+    pid = int(text) if text.isdigit() and len(text) < 10 else shown.caller.pid if shown.caller else 0
+    return pid > 0 and os.path.exists(f"/proc/{pid}")
+
+
+def _as_seen_here(lock: Lock, holder: LockInfo | None, body: bytes, etag: str) -> bytes:
+    """A live lock of another machine, so that a swamp process here that tests pid and wall clock sees it alive."""
+    if holder is None:
+        return body
+    looks_old = time.time_ns() - (timestamp_ns(holder.acquired_at) or 0) > holder.ttl_ms * 1_000_000
+    seems_dead = not os.path.exists(f"/proc/{holder.pid}")
+    if not (looks_old or seems_dead):
+        return body
+    acquired = timestamp(time.time_ns() - int(lock.unmoved_s(etag) * 1e9)) if looks_old else holder.acquired_at
+    pid = os.getpid() if seems_dead else holder.pid
+    changed = holder._replace(pid=pid, acquired_at=acquired)
+    try:
+        extra = {**msgspec.json.decode(body), **changed.as_json()}
+    except (msgspec.DecodeError, TypeError):
+        return encode_lock(changed)
+    return msgspec.json.format(msgspec.json.encode(extra), indent=2)

@@ -1,0 +1,470 @@
+"""Leases: the locks this mount holds while its users write (architecture §4, §5).
+
+The first write below a lock takes it, looks at the global lock once more and refreshes the tree; then the writer goes
+on. The lock is kept alive until what was written is pushed, lingers for the next write, and is given back. Locks that
+users take as files (:mod:`swampfs.fs.lockfiles`) are in the same registry, so the mount never waits for its own users.
+Readers come nowhere near this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import trio
+
+from swampfs.errors import LeaseLostError, LockTimeoutError, StoreError, SwampfsError
+from swampfs.names import GLOBAL_LOCK_FILE, Keyspace, RelPath, is_model_lock, lease_path
+from swampfs.records import LockInfo
+from swampfs.sync.lease import Flight, Lease
+from swampfs.sync.locks import Lock, is_free, lock_timeout, wait_until_free
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+LINGER_S = 1.0
+CROWDED_S = 0.3  # how long a lock that others waited for before is used, then handed on
+LONGEST_S = 5.0  # what is pushed by then is handed on even if more is written
+_ANSWER_S = 5.0  # a store that says nothing for so long is taken to be out of reach
+_PATIENCE_S = 5.0  # of a push; it is repeated anyway
+_CLOSE_S = 10.0
+
+
+class Leases:
+    """All locks of one mount. Lives on the loop; requests run in the lock lane."""
+
+    def __init__(
+        self,
+        keys: Keyspace,
+        *,
+        make_lock: Callable[[str], Lock],
+        refresh: Callable[[RelPath], Awaitable[object]],
+        before_release: Callable[[RelPath], Awaitable[None]],
+        prove_exclusive: Callable[[Lock], Awaitable[None]],
+        start_soon: Callable[..., Any],
+        wait_s: float,
+        queue_offline: bool = True,
+    ) -> None:
+        """``wait_s`` bounds how long a writer waits for a lock; ``queue_offline`` lets it write without one when the
+        store is out of reach."""
+        self._keys = keys
+        self._make_lock = make_lock
+        self._refresh = refresh
+        self._before_release = before_release
+        self._prove_exclusive = prove_exclusive
+        self._start_soon = start_soon
+        self._wait_s = wait_s
+        self._queue_offline = queue_offline
+        self._held: dict[RelPath, Lease] = {}
+        self._flights: dict[RelPath, Flight] = {}
+        self._leaving: dict[RelPath, trio.Event] = {}
+        self._courtesy: dict[RelPath, float] = {}
+        self._wake = trio.Event()
+        self.global_gate = trio.Lock()
+        """Held by whoever of us works with the global lock."""
+        self.is_pending: Callable[[str], bool] = lambda name: False
+        """Whether changes under a lock wait for their push; set by the composition root."""
+        self.is_written: Callable[[str], bool] = lambda name: False
+        """Whether a changed file under a lock is still open."""
+        self.hurry: Callable[[str], None] = lambda name: None
+        """Push what is pending under a lock without its delay."""
+        self.is_family: Callable[[int, LockInfo], bool] = lambda pid, holder: False
+        """Whether a process works on behalf of a lock's holder (``SWAMP_LOCK_HOLDER_PID``)."""
+        self.longest_s = LONGEST_S
+        self.offline_since: float | None = None
+        self.lost = 0
+        self.borrowed: dict[RelPath, str | None] = {}  # the nonce of a lock whose holder's child writes through us
+
+    # --- for writers --------------------------------------------------------------------------------------
+
+    def covers(self, path: str) -> bool:
+        """Whether a path may be written at once. No request, no wait."""
+        lease = self._held.get(lease_path(path))
+        if lease is None or not lease.lets_in():
+            return False
+        lease.used = time.monotonic()
+        return True
+
+    @contextmanager
+    def staying(self, paths: Iterable[str]) -> Iterator[None]:
+        """For something done in several steps: the locks that cover ``paths`` now are not given back in between."""
+        names = {lease_path(path) for path in paths}
+        leases = [lease for name in names if (lease := self._held.get(name)) is not None]
+        for lease in leases:
+            lease.pins += 1
+        try:
+            yield
+        finally:
+            for lease in leases:
+                lease.pins -= 1
+
+    async def guard(self, pid: int, *paths: str) -> None:
+        """Return when this mount holds the locks of ``paths`` and has seen the latest state below them.
+
+        Also returns, without them, if the datastore is out of reach and changes are queued (architecture §5, rule 2).
+
+        Args:
+            pid: the process that wants to write; it may be a child of the lock's holder.
+
+        Raises:
+            LockTimeoutError: somebody else holds one, named.
+            StoreError: the store refused, or is out of reach and changes are not queued.
+        """
+        deadline = trio.current_time() + self._wait_s
+        while True:
+            missing = sorted({lease_path(path) for path in paths if not self.covers(path)})
+            if not missing:
+                return
+            if trio.current_time() >= deadline:
+                raise lock_timeout(missing[0], None, self._wait_s)
+            for name in missing:
+                if not await self._wait_for(name, pid, deadline):
+                    return  # out of reach, or another's on whose behalf we write
+
+    async def _wait_for(self, name: RelPath, pid: int, deadline: float) -> bool:
+        """Returns whether the lock may be ours now; ``False`` = go on without it."""
+        if self.offline_since is not None:
+            return self._go_offline(None)
+        flight = self._flight(name, self._wait_s)
+        silent_until = trio.current_time() + min(_ANSWER_S, self._wait_s)
+        while not flight.done.is_set():
+            if flight.waits and flight.holder is not None and self.is_family(pid, flight.holder):
+                self.borrowed[name] = flight.holder.nonce
+                return False
+            if not flight.waits and not flight.acquired and trio.current_time() >= silent_until:
+                return self._go_offline(None)
+            if trio.current_time() >= deadline:
+                raise lock_timeout(name, flight.holder, self._wait_s)
+            with trio.move_on_at(min(deadline, silent_until) if not flight.waits else deadline):
+                await flight.moved.wait()
+        error = flight.error
+        if isinstance(error, LockTimeoutError) and trio.current_time() < deadline:
+            return True  # it ran out of the time of an earlier writer
+        if isinstance(error, StoreError) and error.retryable:
+            return self._go_offline(error)
+        if error is not None:
+            raise error
+        return True
+
+    def _go_offline(self, error: Exception | None) -> bool:
+        if not self._queue_offline:
+            raise error or StoreError("the datastore does not answer and changes are not queued")
+        if self.offline_since is None:
+            log.info("the datastore is out of reach: changes are queued on this machine")
+            self.offline_since = time.monotonic()
+        return False
+
+    def back_online(self) -> None:
+        """The datastore answered a poll."""
+        if self.offline_since is not None:
+            log.info("the datastore answers again")
+            self.offline_since = None
+
+    # --- for pushes ---------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def pinned(self, names: Sequence[RelPath]) -> AsyncIterator[tuple[list[Lock], set[RelPath]]]:
+        """Hold the given locks for a push: those we have stay, the others are acquired and given back after it.
+
+        Yields the locks, and the names of those that somebody else holds.
+        """
+        pinned: list[Lease] = []
+        waiting: set[RelPath] = set()
+        own: list[Lease] = []
+        try:
+            for name in sorted(names):
+                lease = self._held.get(name)
+                if lease is None or not lease.lock.is_sure:
+                    if name in self.borrowed and await self._still_borrowed(name):
+                        continue
+                    try:
+                        lease = await self._acquire_for_push(name)
+                    except LockTimeoutError:
+                        waiting.add(name)
+                        continue
+                    own.append(lease)
+                lease.pins += 1
+                pinned.append(lease)
+            yield [lease.lock for lease in pinned], waiting
+        finally:
+            for lease in pinned:
+                lease.pins -= 1
+            with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+                for lease in own:
+                    if not (lease.fresh or lease.user or lease.pins):
+                        await self._give_back(lease)
+
+    async def _acquire_for_push(self, name: RelPath) -> Lease:
+        flight = self._flight(name, _PATIENCE_S, refresh=False)
+        with trio.move_on_after(_PATIENCE_S + _ANSWER_S):
+            await flight.done.wait()
+        if flight.error is not None:
+            raise flight.error
+        lease = self._held.get(name)
+        if lease is None:
+            raise lock_timeout(name, flight.holder, _PATIENCE_S)
+        return lease
+
+    async def _still_borrowed(self, name: RelPath) -> bool:
+        holder = await self._make_lock(self._keys.lock(name)).inspect()
+        if holder is not None and holder.nonce == self.borrowed[name]:
+            return True
+        del self.borrowed[name]
+        return False
+
+    def taken_global(self) -> Lock | None:
+        """The global lock, if a user of this mount holds it."""
+        lease = self._held.get(RelPath(GLOBAL_LOCK_FILE))
+        return lease.lock if lease is not None and lease.user and lease.lock.is_sure else None
+
+    async def give_way(self) -> None:
+        """A structural command holds the global lock and waits for the model locks to go (spec §9.4)."""
+        for lease in list(self._held.values()):
+            if not lease.user and not lease.pins and is_model_lock(lease.name):
+                await self._give_back(lease)
+
+    # --- for users who lock by files ----------------------------------------------------------------------
+
+    def taken(self, name: RelPath) -> Lease | None:
+        """The lease of a lock that a user of this mount took as a file."""
+        lease = self._held.get(name)
+        return lease if lease is not None and lease.user else None
+
+    def taken_names(self) -> list[RelPath]:
+        return [name for name, lease in self._held.items() if lease.user]
+
+    def holds(self, name: RelPath) -> bool:
+        """Whether we hold a lock for our own writers."""
+        lease = self._held.get(name)
+        return lease is not None and not lease.user and lease.lock.held
+
+    async def settled(self, name: RelPath) -> None:
+        """Return when a release of ours that is under way is over."""
+        if name in self._leaving:
+            await self._leaving[name].wait()
+
+    async def take(self, name: RelPath) -> Lease | None:
+        """Take a lock for a user, at once or not at all; a lease of our own becomes the user's.
+
+        ``None`` if somebody else has it. Raises StoreError.
+        """
+        while name in self._flights or name in self._leaving:
+            event = self._flights[name].done if name in self._flights else self._leaving[name]
+            await event.wait()
+        lease = self._held.get(name)
+        if lease is not None and lease.user and lease.lock.is_sure:
+            return None
+        flight = self._flights[name] = Flight()
+        try:
+            if lease is not None and not lease.user and lease.lock.is_sure:
+                lease.user, lease.closing = True, False
+            else:
+                self._drop(name)
+                lock = self._make_lock(self._keys.lock(name))
+                if not await lock.take():
+                    return None
+                lease = self._keep(name, lock, user=True)
+            await self._refresh(name)
+            lease.fresh = True
+            return lease
+        except BaseException:
+            self._drop(name)
+            with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+                if lease is not None:
+                    await lease.lock.release()
+            raise
+        finally:
+            del self._flights[name]
+            flight.done.set()
+
+    async def untake(self, lease: Lease) -> None:
+        """The user removed the file. Raises LeaseLostError if the lock was somebody else's by then, StoreError."""
+        if self._held.get(lease.name) is not lease:
+            return
+        gone = self._part(lease)
+        try:
+            await self._before_release(lease.name)
+            if not await lease.lock.give_up():
+                raise LeaseLostError(f"the lock {lease.name} had been lost to another machine")
+        finally:
+            del self._leaving[lease.name]
+            gone.set()
+
+    def forsake(self, lease: Lease) -> None:
+        """A user's lock turned out to be somebody else's."""
+        if self._held.get(lease.name) is lease:
+            self.lost += 1
+            log.info("the lock %s was lost to another machine", lease.name)
+            self._drop(lease.name)
+
+    # --- acquiring ----------------------------------------------------------------------------------------
+
+    def _flight(self, name: RelPath, wait_s: float, *, refresh: bool = True) -> Flight:
+        flight = self._flights.get(name)
+        if flight is None:
+            flight = self._flights[name] = Flight()
+            self._start_soon(self._fly, name, flight, wait_s, refresh)
+        return flight
+
+    async def _fly(self, name: RelPath, flight: Flight, wait_s: float, refresh: bool) -> None:
+        try:
+            await self._fly_to_the_end(name, flight, wait_s, refresh)
+        except Exception as error:
+            flight.error = error
+            if not isinstance(error, SwampfsError):
+                log.exception("acquiring %s failed", name)
+        finally:
+            del self._flights[name]
+            flight.done.set()
+            flight.tell()
+
+    async def _fly_to_the_end(self, name: RelPath, flight: Flight, wait_s: float, refresh: bool) -> None:
+        while name in self._leaving or ((lease := self._held.get(name)) is not None and lease.closing):  # noqa: ASYNC110
+            await trio.sleep(TICK_S)
+        pause = self._courtesy.pop(name, 0.0) - time.monotonic()
+        if refresh and pause > 0:  # we had it; now it is the others' turn
+            await trio.sleep(pause)
+        lease = self._held.get(name)
+        if lease is not None and not lease.lock.is_sure:
+            await lease.lock.renew()  # a broken connection, perhaps: nobody need have noticed
+            lease.fresh = False
+        if lease is None or not lease.lock.is_sure:
+            self._drop(name)
+            lease = self._keep(name, await self._acquire(name, flight, wait_s))
+        flight.acquired = True
+        flight.tell()
+        if refresh:
+            await self._refresh(name)
+            lease.fresh, lease.used = True, time.monotonic()
+
+    async def _acquire(self, name: RelPath, flight: Flight, wait_s: float) -> Lock:
+        """Spec §9.4: with a model lock in hand the global one must be free; while it is not, we hold neither."""
+        lock = self._make_lock(self._keys.lock(name))
+
+        def wait(holder: LockInfo | None) -> None:
+            flight.waits, flight.holder = True, holder
+            flight.tell()
+
+        lock.on_wait = wait
+        while True:
+            try:
+                await lock.acquire(wait_s)
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+                    await lock.abandon()
+                raise
+            try:
+                await self._prove_exclusive(lock)
+                if not is_model_lock(name) or self.taken_global() is not None:
+                    return lock
+                global_lock = self._make_lock(self._keys.global_lock)
+                if await is_free(global_lock):
+                    return lock
+            except BaseException:
+                with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+                    await lock.release()
+                raise
+            await lock.release()
+            wait(await global_lock.inspect())
+            await wait_until_free(global_lock, wait_s)
+
+    def _keep(self, name: RelPath, lock: Lock, *, user: bool = False) -> Lease:
+        now = time.monotonic()
+        lease = self._held[name] = Lease(name, lock, now, now, user=user)
+        self.borrowed.pop(name, None)
+        self.back_online()
+        self._start_soon(self._beat, lease)
+        self._wake.set()
+        return lease
+
+    async def _beat(self, lease: Lease) -> None:
+        """Keep a lock alive; a user's that has content of the user's own is the user's to renew."""
+        with lease.beat:
+            while lease.lock.held:
+                await trio.sleep(lease.lock.beat_s)
+                if not lease.user or (lease.lock.content is None and lease.alive()):
+                    await lease.lock.renew()
+            self.lost += 1
+            log.info("the lock %s was lost to another machine", lease.name)
+            if self._held.get(lease.name) is lease and not lease.user:
+                del self._held[lease.name]
+
+    # --- giving back --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Give back what is not needed any more, for ever."""
+        while True:
+            if not self._held:
+                self._wake = trio.Event()
+                await self._wake.wait()
+            await trio.sleep(TICK_S)
+            for lease in list(self._held.values()):
+                if not lease.user and self._is_done(lease):
+                    self._start_soon(self._finish, lease, self._part(lease))
+
+    def _is_done(self, lease: Lease) -> bool:
+        now = time.monotonic()
+        crowded = lease.lock.contended
+        if lease.pins or lease.name in self._flights or lease.name in self._leaving:
+            return False
+        if self.is_pending(lease.name):
+            too_long = now - lease.since > (CROWDED_S if crowded else self.longest_s)
+            lease.closing = too_long and not self.is_written(lease.name)
+            if lease.closing:
+                self.hurry(lease.name)
+            return False
+        return lease.closing or now - lease.used >= (CROWDED_S if crowded else LINGER_S)
+
+    async def _give_back(self, lease: Lease) -> None:
+        if self._held.get(lease.name) is lease:
+            await self._finish(lease, self._part(lease))
+
+    def _part(self, lease: Lease) -> trio.Event:
+        """From here on nobody writes under it."""
+        del self._held[lease.name]
+        lease.beat.cancel()
+        gone = self._leaving[lease.name] = trio.Event()
+        if lease.closing or lease.lock.contended:
+            self._courtesy[lease.name] = time.monotonic() + random.uniform(0.3, 0.6)  # noqa: S311
+        return gone
+
+    async def _finish(self, lease: Lease, gone: trio.Event) -> None:
+        try:
+            if lease.fresh:
+                await self._before_release(lease.name)
+            await lease.lock.release()
+        except StoreError as error:
+            log.info("the lock %s stays until its TTL: %s", lease.name, error)
+        finally:
+            del self._leaving[lease.name]
+            gone.set()
+
+    def _drop(self, name: RelPath) -> None:
+        lease = self._held.pop(name, None)
+        if lease is not None:
+            lease.beat.cancel()
+
+    async def give_back_idle(self) -> None:
+        """Everything is pushed and nobody writes: do not linger."""
+        for lease in list(self._held.values()):
+            idle = not (lease.user or lease.pins or lease.name in self._flights or self.is_pending(lease.name))
+            if idle:
+                await self._give_back(lease)
+
+    async def close(self) -> None:
+        """Give back every lock of our own; a user's stays, for the user may go on after us."""
+        with trio.move_on_after(_CLOSE_S):
+            for lease in list(self._held.values()):
+                if not lease.user:
+                    await self._give_back(lease)
+
+    # --- for status ---------------------------------------------------------------------------------------
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Locks held by this mount or its users, and those it waits for with their holders."""
+        waits = [flight.as_json(name) for name, flight in self._flights.items() if flight.waits]
+        return [lease.as_json() for lease in self._held.values()] + waits
