@@ -159,6 +159,8 @@ class AbsentError(StoreError):
     """A definite 404 for one object. Never raised for a bucket, a timeout or a refusal."""
 
     errno = _errno.ENOENT
+    retried: bool = False
+    """An earlier attempt of the same call got no answer: it may be what removed the object."""
 
 
 class BucketMissingError(StoreError):

@@ -35,7 +35,8 @@ from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
 from swampfs.names import RelPath, lease_path, rel_path
 from swampfs.settings import Backend, MountSettings
-from swampfs.sync.leases import LONGEST_S, Leases
+from swampfs.sync.lease import LONGEST_S
+from swampfs.sync.leases import Leases
 from swampfs.sync.service import SyncService
 from swampfs.threads import Threads
 
@@ -162,7 +163,7 @@ class Mount:
             "pending": pending[:100],
             "locks": self.sync.leases.as_json(),
             "lostLocks": self.sync.leases.lost,
-            "offline": self.sync.leases.offline_since is not None,
+            "offline": self.sync.leases.reach.lost_since is not None,
             "conflicts": len(self.sync.cache.conflicts()),
             "findings": [finding._asdict() for finding in self.sync.catalog.findings()[:100]],
             "openFiles": len(self.fs.files),
@@ -245,6 +246,7 @@ async def _start(
         threads,
         trace_file=settings.trace_file,
         directory=f"/proc/self/fd/{beneath}" if own else None,
+        lock_ttl_ms=int(settings.lock_ttl_s * 1000),
     )
     sync = SyncService(
         datastore.remote,
@@ -302,7 +304,8 @@ def _compose(
     refresh = Refresh(sync, settings.refresh_s)
     _join_leases(sync.leases, fs, writeback, settings)
     locks.publish = lambda lock: _publish(sync.leases, writeback, lock, settings.timeout_s * _LOCK_SHARE)
-    session.mount(fs, settings)
+    operations = session.mount(fs, settings)
+    invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
     nursery.start_soon(refresh.run)
     if not settings.read_only:

@@ -202,12 +202,11 @@ class IndexDelta(NamedTuple):
 
 
 class TreeChange(NamedTuple):
-    """A kernel cache entry that no longer holds."""
+    """A name that stands for something else now, and the inode whose cached attributes no longer hold."""
 
     parent: int
-    name: str  # "" = only the inode's attributes and pages
+    name: str  # "" = only the inode's attributes
     ino: int
-    content: bool  # pages too, not just attributes
 
 
 class PushReport(NamedTuple):

@@ -108,6 +108,7 @@ class MountSettings:
     push_delay_s: float = 2.0
     timeout_s: float = 30.0
     queue_offline: bool = True
+    lock_ttl_s: float = 30.0
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False

@@ -29,8 +29,8 @@ class Lane(Enum):
     LOCK = ("lock", 8)  # its own, so that downloads never starve a heartbeat
     INDEX = ("index", 10)  # spec §6.3: shards are read ten at a time
     DISK = ("disk", 4)
-    KERNEL = ("kernel", 1)  # forgetting names; pyfuse3 deadlocks if it runs on the loop
-    INODES = ("inodes", 1)  # forgetting attributes: never held up by a directory that is in use
+    KERNEL = ("kernel", 1)  # cache invalidation, which pyfuse3 does not allow on the loop
+    NAMES = ("names", 1)  # the part of it that may have to wait for a directory
 
 
 class Threads:

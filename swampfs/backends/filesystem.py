@@ -6,13 +6,14 @@ exclusive link) in the target's directory, under swamp's own temporary name patt
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from swampfs.errors import (
     AbsentError,
@@ -27,6 +28,18 @@ from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition
 from swampfs.records import timestamp
 
 T = TypeVar("T")
+
+
+_ATTEMPTS = 10
+
+
+def _create(path: str) -> BinaryIO:
+    """A new file, with its directories: another's last removal may take those away between the two steps."""
+    for _ in range(_ATTEMPTS):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "xb")
+    raise FileNotFoundError(path)
 
 
 class FilesystemStore:
@@ -59,10 +72,9 @@ class FilesystemStore:
 
     def _put(self, key: str, body: bytes | str, when: Precondition) -> ObjectInfo:
         target = self._path(key)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = os.path.join(os.path.dirname(target), f".{uuid.uuid4()}.tmp")
         try:
-            with open(temporary, "xb") as file:
+            with _create(temporary) as file:
                 if isinstance(body, bytes):
                     file.write(body)
                 else:

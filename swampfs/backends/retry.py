@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from swampfs.errors import PreconditionError, StoreError
+from swampfs.errors import AbsentError, PreconditionError, StoreError
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
 from swampfs.threads import abort_signal
 
@@ -63,7 +63,7 @@ class RetryingStore:
 
         try:
             return self._retrying.copy()(attempt)
-        except PreconditionError as error:
+        except (PreconditionError, AbsentError) as error:
             error.retried = True
             raise
 

@@ -72,6 +72,8 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
               help="Quiet time of a model before its changes are pushed.")  # fmt: skip
 @click.option("--timeout", envvar="SWAMPFS_TIMEOUT", callback=seconds, default="30s", show_default=True,
               help="Longest a file operation waits for the datastore.")  # fmt: skip
+@click.option("--lock-ttl", envvar="SWAMPFS_LOCK_TTL", callback=seconds, default="30s", show_default=True,
+              help="How long a lock of this mount outlives it if it dies.")  # fmt: skip
 @click.option("--offline", envvar="SWAMPFS_OFFLINE", type=click.Choice(["queue", "fail"]), default="queue",
               show_default=True, help="Whether changes are accepted while the datastore is out of reach.")  # fmt: skip
 @click.option("--uid", envvar="SWAMPFS_UID", type=int, help="Owner of files that have none.")
@@ -222,6 +224,8 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
     for name in ("refresh", "timeout"):
         if flags[name] <= 0:
             raise UsageError(f"--{name} must be longer than 0")
+    if flags["lock_ttl"] < 1:
+        raise UsageError("--lock-ttl must be 1s or longer: it is renewed every third of it")
     return MountSettings(
         source=source,
         mountpoint=mountpoint,
@@ -232,6 +236,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         refresh_s=flags["refresh"],
         push_delay_s=flags["push_delay"],
         timeout_s=flags["timeout"],
+        lock_ttl_s=flags["lock_ttl"],
         queue_offline=flags["offline"] == "queue",
         uid=os.getuid() if flags["uid"] is None else flags["uid"],
         gid=os.getgid() if flags["gid"] is None else flags["gid"],

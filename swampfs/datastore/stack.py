@@ -15,7 +15,7 @@ from swampfs.names import Keyspace
 from swampfs.provider import ObjectStore, RemoteIndex
 from swampfs.settings import Backend, Source
 from swampfs.sync.listing import ListingIndex
-from swampfs.sync.locks import Lock, Sighting, prove_preconditions
+from swampfs.sync.locks import TTL_MS, Lock, Sighting, prove_preconditions
 from swampfs.sync.object_index import ObjectIndex
 from swampfs.sync.remote import Remote
 from swampfs.sync.service import MakeLock
@@ -39,7 +39,12 @@ class Datastore:
 
 
 def open_datastore(
-    source: Source, threads: Threads, *, trace_file: str | None = None, directory: str | None = None
+    source: Source,
+    threads: Threads,
+    *,
+    trace_file: str | None = None,
+    directory: str | None = None,
+    lock_ttl_ms: int = TTL_MS,
 ) -> Datastore:
     """Build the stack for a source. No request is made.
 
@@ -58,6 +63,7 @@ def open_datastore(
         return Lock(
             remote,
             key,
+            ttl_ms=lock_ttl_ms,
             max_wait_s=_LOCK_PATIENCE_S,
             retry_s=_LOCK_RETRY_S,
             trust_pids=is_plain,

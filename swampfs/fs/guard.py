@@ -55,6 +55,15 @@ def is_family(pid: int, holder: LockInfo) -> bool:
     return False
 
 
+def process_of(pid: int) -> int:
+    """The process of a thread: the kernel names the thread that asks. 0 if it cannot be seen from here."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return int(dict(line.split(":", 1) for line in file)["Tgid"])
+    except OSError:
+        return 0
+
+
 def _parent(pid: int) -> int:
     """Of a process or of a thread: the kernel names the thread that asks. Raises OSError."""
     with open(f"/proc/{pid}/status") as file:

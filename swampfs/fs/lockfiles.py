@@ -10,7 +10,9 @@ A swamp process that believes to be on a plain directory judges by process id an
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import stat
 import time
@@ -20,14 +22,17 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
-from swampfs.errors import LeaseLostError, StoreError
+from swampfs.errors import LeaseLostError, SwampfsError
 from swampfs.fs.attributes import Attributes, Caller, Owner, fail, stale
+from swampfs.fs.guard import process_of
 from swampfs.names import GLOBAL_LOCK_FILE, Keyspace, RelPath, is_model_lock, parent_of
 from swampfs.records import LockInfo, timestamp, timestamp_ns
 from swampfs.sync.lease import Lease
 from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock, decode_lock, encode_lock
 from swampfs.sync.remote import Remote
+
+log = logging.getLogger(__name__)
 
 LOCK_BASE = 1 << 62
 """Inodes of lock files; those of the other tiers stay below."""
@@ -84,11 +89,16 @@ class LockFiles:
         if self._leases.holds(path):
             return None  # ours, on behalf of our writers: they shall not wait for themselves
         lock = self._make_lock(self._keys.lock(path))
+        before = self._leases.taken(path)
+        writes = before.lock.writes if before is not None else 0
         found = await lock.look()
         lease = self._leases.taken(path)
         if lease is not None:
-            if found is None or lease.lock.is_version(found[2].etag) or lease.lock.is_busy:
-                return self._attributes(self._show(path))
+            moved = lease is not before or lease.lock.writes != writes or lease.lock.is_busy
+            if moved or (found is not None and lease.lock.is_version(found[2].etag)):
+                if lease.lock.is_sure or moved:
+                    return self._attributes(self._show(path))
+                return None  # nobody keeps it alive: it may be taken, by a new creation
             self._leases.forsake(lease)
             self._lost.add(path)
         if found is None or lock.is_stale(found[0], found[2].etag):
@@ -131,9 +141,11 @@ class LockFiles:
         shown = self._show(path)
         shown.content, shown.etag, shown.mtime_ns, shown.caller = b"", "", time.time_ns(), caller
         self._lost.discard(path)
-        lease.alive = lambda: _is_alive(shown)
+        process = process_of(caller.pid)
+        lease.alive = lambda: _is_alive(shown, process)
         if path == GLOBAL_LOCK_FILE:
-            await self._scan()
+            with trio.move_on_after(_SCAN_S):
+                await self._scan()
             self._start_soon(self._scan_while, lease)
         return self._file(b""), self._attributes(shown)
 
@@ -162,10 +174,19 @@ class LockFiles:
 
     async def replace(self, path: RelPath, content: bytes, caller: Caller) -> None:
         """A file is renamed over the lock: a renewal by its holder, or taking it with that content."""
-        if self._leases.taken(path) is None:
-            number, _ = await self.create(path, caller)
-            os.close(number)
-        await self._rewrite(self._show(path), content)
+        if self._leases.taken(path) is not None:
+            await self._rewrite(self._show(path), content)
+            return
+        number, _ = await self.create(path, caller)
+        os.close(number)
+        try:
+            await self._rewrite(self._show(path), content)
+        except BaseException:
+            with trio.CancelScope(shield=True), contextlib.suppress(SwampfsError):
+                lease = self._leases.taken(path)
+                if lease is not None:
+                    await self._leases.untake(lease)
+            raise
 
     # --- content ------------------------------------------------------------------------------------------
 
@@ -218,16 +239,20 @@ class LockFiles:
     async def _scan_while(self, lease: Lease) -> None:
         """Swamp's structural commands look for model locks in the tree, until there are none (spec §9.4)."""
         while self._leases.taken(lease.name) is lease:
-            await trio.sleep(_SCAN_S)
-            try:
-                await self._scan()
-            except StoreError:
-                continue  # the last answer stands
+            started = trio.current_time()
+            await self._scan()
+            await trio.sleep(max(_SCAN_S, 5 * (trio.current_time() - started)))
         self._foreign = set()
 
     async def _scan(self) -> None:
+        """The last answer stands where there is no other."""
+        try:
+            listed = await self._remote.list(self._keys.data("data/"))
+        except Exception as error:
+            log.info("the model locks of others could not be listed: %s", error)
+            return
         found = set()
-        for info in await self._remote.list(self._keys.data("data/")):
+        for info in listed:
             path = RelPath(self._keys.rel(info.key) or "")
             if is_model_lock(path) and not self._leases.holds(path) and self._leases.taken(path) is None:
                 found.add(path)
@@ -242,11 +267,14 @@ def _by_inode(item: tuple[str, Attributes]) -> int:
     return item[1].ino
 
 
-def _is_alive(shown: _Shown) -> bool:
-    """Whether the process that took a lock lives: the one it wrote into the file, else the one that made it."""
+def _is_alive(shown: _Shown, maker: int) -> bool:
+    """Whether the process that took a lock lives: the one it wrote into the file, else the one that made it.
+
+    One that cannot be seen from here, in another pid namespace, counts as alive.
+    """
     text = shown.content.strip()
-    pid = int(text) if text.isdigit() and len(text) < 10 else shown.caller.pid if shown.caller else 0
-    return pid > 0 and os.path.exists(f"/proc/{pid}")
+    pid = int(text) if text.isdigit() and len(text) < 10 else maker
+    return pid == 0 or os.path.exists(f"/proc/{pid}")
 
 
 def _as_seen_here(lock: Lock, holder: LockInfo | None, body: bytes, etag: str) -> bytes:

@@ -48,7 +48,7 @@ class Refresh:
             if self.last_error is not None:
                 log.info("refresh works again")
             self.last_error = None
-            self._sync.leases.back_online()
+            self._sync.leases.reach.found()
 
     def age_ms(self) -> int | None:
         """Since the last answer of the datastore; ``None`` if there was none."""

@@ -195,11 +195,10 @@ class Tree:
 
     # --- attributes ---------------------------------------------------------------------------------------
 
-    async def setattr(self, node: Node, change: Change, pid: int) -> None:
+    async def setattr(self, node: Node, change: Change) -> None:
         if change.size is not None:
             if node.is_dir:
                 raise fail(errno.EISDIR, node.path)
-            node = await self._files.about_to_write(node, pid)
             if change.size > 0:
                 node = await self._files.make_local(node)
             self._files.truncate(node, change.size)

@@ -90,14 +90,6 @@ class FileSystem:
     def may_be_lock(self, name: bytes) -> bool:
         return self._locks is not None and name.endswith(b".lock")
 
-    def caches_absence(self, parent: int) -> bool:
-        """Whether the kernel may remember that a name is not there: not where versions are allocated and locks are
-        taken (data model §8.2, rule 2)."""
-        if parent >= LOCAL_BASE:
-            return True
-        node = self._catalog.node(parent)
-        return node is not None and node.path.partition("/")[0] not in ("", "data")
-
     def _lock_path(self, parent: int, name: str) -> RelPath | None:
         """Path of a lock file; ``None`` for any other name."""
         if self._locks is None or not name.endswith(".lock") or parent >= LOCK_BASE:
@@ -309,13 +301,13 @@ class FileSystem:
         elif source is not None:
             node = self.tree.existing(source, name)
             await self.tree.surrender(node, lambda content, mode: self._local.take(target_path, content, mode))
-            self._invalidate([TreeChange(new_parent, new_name, 0, content=False)])
+            self._invalidate([TreeChange(new_parent, new_name, node.ino)])
         elif target is not None:
             found = self._local.lookup(source_path)
             if found is None:
                 raise fail(errno.ENOENT, source_path)
             self.tree.adopt(self._local.path(source_path), found.ino, target, new_name)
-            self._invalidate([TreeChange(new_parent, new_name, 0, content=False)])
+            self._invalidate([TreeChange(new_parent, new_name, found.ino)])
 
     async def _have_locks(self, old: tuple[int, str], new: tuple[int, str], caller: Caller) -> list[RelPath]:
         """Of every datastore path that a rename changes; returns those."""
@@ -400,8 +392,10 @@ class FileSystem:
             node = self._catalog.node(ino)
             if node is None:
                 raise stale(ino)
+            if change.size is not None and not node.is_dir:
+                node = await self.files.about_to_write(node, pid)
             with self._guard.staying(node.path):
-                await self.tree.setattr(node, change, pid)
+                await self.tree.setattr(node, change)
         return self.getattr(ino)
 
     def _set_orphan_attributes(self, ino: int, change: Change) -> None:

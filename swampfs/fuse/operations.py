@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -72,6 +73,22 @@ def _bounded(fn: F) -> F:
     return _handler(cast(F, handle))
 
 
+def _naming(fn: F) -> F:
+    """For handlers that change names: while they wait, the kernel keeps the directory locked."""
+
+    @functools.wraps(fn)
+    async def handle(self: Operations, directory: InodeT, *args: Any) -> Any:
+        self.in_use[directory] += 1
+        try:
+            return await fn(self, directory, *args)
+        finally:
+            self.in_use[directory] -= 1
+            if not self.in_use[directory]:
+                del self.in_use[directory]
+
+    return _bounded(cast(F, handle))
+
+
 class Operations(pyfuse3.Operations):
     """Adapter from the kernel to one :class:`FileSystem`."""
 
@@ -82,6 +99,8 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self._fs = fs
         self.timeout_s = timeout_s
+        self.in_use: Counter[int] = Counter()
+        """Directories whose names are being changed."""
 
     # --- looking ------------------------------------------------------------------------------------------
 
@@ -97,10 +116,7 @@ class Operations(pyfuse3.Operations):
         except UnicodeDecodeError:
             found = None  # no such name can exist here
         if found is None:
-            negative = pyfuse3.EntryAttributes()
-            negative.st_ino = 0
-            negative.entry_timeout = CACHE_S if self._fs.caches_absence(parent_inode) else 0
-            return negative
+            raise FUSEError(errno.ENOENT)  # not to be remembered: another machine may make it at any time
         return _entry(found)
 
     async def _lookup_lock(self, parent_inode: InodeT, name: str) -> Attributes | None:
@@ -148,14 +164,14 @@ class Operations(pyfuse3.Operations):
 
     # --- names --------------------------------------------------------------------------------------------
 
-    @_bounded
+    @_naming
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
         mode_after = mode & ~ctx.umask
         return _entry(await self._fs.mkdir(parent_inode, _text(name), mode_after, _caller(ctx)))
 
-    @_bounded
+    @_naming
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
@@ -163,7 +179,7 @@ class Operations(pyfuse3.Operations):
         number, found = await self._fs.create(parent_inode, _text(name), mode_after, flags, _caller(ctx))
         return _file_info(number, found.ino), _entry(found)
 
-    @_bounded
+    @_naming
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -186,15 +202,15 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         raise FUSEError(errno.EPERM)  # an object has one name; EPERM is what link(2) says of such a file system
 
-    @_bounded
+    @_naming
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._fs.unlink(parent_inode, _text(name), _caller(ctx))
 
-    @_bounded
+    @_naming
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._fs.rmdir(parent_inode, _text(name), _caller(ctx))
 
-    @_bounded
+    @_naming
     async def rename(
         self,
         parent_inode_old: InodeT,
@@ -208,7 +224,11 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EINVAL)
         replace = not flags & pyfuse3.RENAME_NOREPLACE
         old, new = (parent_inode_old, _text(name_old)), (parent_inode_new, _text(name_new))
-        await self._fs.rename(old, new, _caller(ctx), replace=replace)
+        self.in_use[parent_inode_new] += 1
+        try:
+            await self._fs.rename(old, new, _caller(ctx), replace=replace)
+        finally:
+            self.in_use[parent_inode_new] -= 1
 
     @_bounded
     async def setattr(

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pyfuse3
 import trio
@@ -18,13 +19,15 @@ from swampfs.records import TreeChange
 from swampfs.settings import MountSettings
 from swampfs.threads import Lane, Threads
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
-_NAMES_S = 0.1
+_IN_USE_S = 0.02
 _MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
 
 
-def mount(fs: FileSystem, settings: MountSettings) -> None:
+def mount(fs: FileSystem, settings: MountSettings) -> Operations:
     """Attach to the mount point. From here on the kernel queues requests; :func:`serve` answers them.
 
     Raises MountError.
@@ -44,16 +47,18 @@ def mount(fs: FileSystem, settings: MountSettings) -> None:
         options.add("allow_root")
     if settings.read_only:
         options.add("ro")
+    operations = Operations(fs, settings.timeout_s)
     with tempfile.TemporaryFile() as said:
         try:
             with _stderr_to(said.fileno()):
-                pyfuse3.init(Operations(fs, settings.timeout_s), str(settings.mountpoint), options)
+                pyfuse3.init(operations, str(settings.mountpoint), options)
         except RuntimeError as error:
             said.seek(0)
             reason = " ".join(said.read().decode(errors="replace").split()) or str(error)
             raise MountError(
                 f"{settings.mountpoint} could not be mounted: {reason}", remedy="check that fuse3 is installed"
             ) from None
+    return operations
 
 
 @contextlib.contextmanager
@@ -79,69 +84,76 @@ def detach() -> None:
 
 
 class Invalidator:
-    """Tells the kernel about changes, from a queue and in a thread.
+    """Tells the kernel about changes, from queues and in threads.
 
-    A notification can block until a handler has answered, and that handler may be waiting for the very task that
-    found the change; so whoever reports a change never waits for the kernel.
+    Inodes are forgotten, which never blocks: where the kernel then uses one whose name stands for something else, it is
+    answered ESTALE and looks the name up again; and what is not there it does not remember. A name is forgotten only
+    where that is not enough, because somebody still has the old inode open. That waits for its directory, which an
+    operation may hold that waits for us; should this process be killed then, the thread could not die and the mount
+    would hang. So it is not done while an operation of ours is at work there.
     """
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
+        self._inodes: list[int] = []
         self._names: list[TreeChange] = []
-        self._inodes: list[TreeChange] = []
         self._wake = trio.Event()
+        self._wake_names = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
+        self.is_open: Callable[[int], bool] = lambda ino: False
+        self.is_in_use: Callable[[int], bool] = lambda directory: False
 
     def __call__(self, changes: list[TreeChange]) -> None:
-        if changes:
-            self._names.extend(changes)
-            self._inodes.extend(changes)
+        inodes = [change.ino for change in changes if change.ino]
+        if inodes:
+            self._inodes.extend(inodes)
             self._idle = trio.Event()
             self._wake.set()
+        names = [change for change in changes if change.name and self.is_open(change.ino)]
+        if names:
+            self._names.extend(names)
+            self._wake_names.set()
 
     async def run(self) -> None:
         """Deliver, for ever. Start it once the kernel is attached."""
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            await self._forget_inodes()
-            names, self._names = self._names, []
-            await self._deliver(Lane.KERNEL, _forget_names, names)
-            if not self._names:
-                self._idle.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._forget_names)
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                batch, self._inodes = self._inodes, []
+                await self._deliver(Lane.KERNEL, _forget_inodes, batch)
+                if not self._inodes:
+                    self._idle.set()
 
     async def settle(self) -> None:
-        """Return when no look at anything reported so far can show what was before.
+        """Return when no look at anything reported so far shows what was before."""
+        await self._idle.wait()
 
-        A name below a directory that the caller's own operation holds cannot be forgotten before that is over; but its
-        inode can, and then the kernel asks (ESTALE) what the name means.
-        """
-        if not self._idle.is_set():
-            await self._forget_inodes()
-            with trio.move_on_after(_NAMES_S):
-                await self._idle.wait()
+    async def _forget_names(self) -> None:
+        while True:
+            await self._wake_names.wait()
+            self._wake_names = trio.Event()
+            batch, self._names = self._names, []
+            for change in batch:
+                while self.is_in_use(change.parent):  # noqa: ASYNC110
+                    await trio.sleep(_IN_USE_S)
+                await self._deliver(Lane.NAMES, _forget_name, change)
 
-    async def _forget_inodes(self) -> None:
-        batch, self._inodes = self._inodes, []
-        await self._deliver(Lane.INODES, _forget_inodes, batch)
-
-    async def _deliver(self, lane: Lane, fn: Callable[[list[TreeChange]], None], batch: list[TreeChange]) -> None:
+    async def _deliver(self, lane: Lane, fn: Callable[[T], None], what: T) -> None:
         try:
-            await self._threads.read(lane, fn, batch)
+            await self._threads.read(lane, fn, what)
         except OSError as error:
             log.info("the kernel refused an invalidation: %s", error)
 
 
-def _forget_inodes(changes: list[TreeChange]) -> None:
-    for change in changes:
-        if change.ino:
-            with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
-                pyfuse3.invalidate_inode(change.ino, attr_only=not change.content)
+def _forget_inodes(inodes: list[int]) -> None:
+    for ino in inodes:
+        with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
+            pyfuse3.invalidate_inode(ino, attr_only=True)
 
 
-def _forget_names(changes: list[TreeChange]) -> None:
-    for change in changes:
-        if change.name:
-            with contextlib.suppress(FileNotFoundError):
-                pyfuse3.invalidate_entry(change.parent, change.name.encode())
+def _forget_name(change: TreeChange) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        pyfuse3.invalidate_entry(change.parent, change.name.encode())

@@ -110,7 +110,7 @@ class _Work:
         ino = self._catalog.add_remote(parent, entry, partition, self._now)
         self._newest[parent] = max(self._newest.get(parent, 0), entry.mtime_ns if self.fresh else self._now)
         if not self.fresh:
-            self._applied.changes.append(TreeChange(parent, entry.path.rpartition("/")[2], ino, content=False))
+            self._applied.changes.append(TreeChange(parent, entry.path.rpartition("/")[2], ino))
         return True
 
     def _give_way(self, path: RelPath) -> bool:
@@ -133,7 +133,7 @@ class _Work:
             assert node is not None
             self._directories[directory] = node.ino
             if not self.fresh:
-                self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+                self._applied.changes.append(TreeChange(node.parent, node.name, node.ino))
                 self._newest[node.parent] = self._now
 
     def _update(self, node: Node, entry: IndexEntry, partition: str) -> None:
@@ -152,7 +152,7 @@ class _Work:
         ino = self._catalog.add_remote(node.parent, entry, partition, self._now)
         self._catalog.set_attributes(ino, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=None)
         self._applied.stale.append(node)
-        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino))
 
     def _remove(self, path: RelPath) -> bool:
         if path in self._dirty:
@@ -171,7 +171,7 @@ class _Work:
     def _take_away(self, node: Node) -> None:
         self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
         self._applied.stale.append(node)
-        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+        self._applied.changes.append(TreeChange(node.parent, node.name, node.ino))
         self._newest[node.parent] = self._now
         self._removed_from.add(parent_of(node.path))
         self._catalog.unhide(node.path)
@@ -186,7 +186,7 @@ class _Work:
         for ino, mtime_ns in self._newest.items():
             self._catalog.touch(ino, mtime_ns)
             if not self.fresh:
-                self._applied.changes.append(TreeChange(ino, "", ino, content=False))
+                self._applied.changes.append(TreeChange(ino, "", ino))
         self._catalog.report(self._findings)
 
     def _prune(self, directory: str) -> None:
@@ -198,7 +198,7 @@ class _Work:
                 return
             self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (row[0],))
             self._catalog.unhide(directory)
-            self._applied.changes.append(TreeChange(row[1], row[2], row[0], content=False))
+            self._applied.changes.append(TreeChange(row[1], row[2], row[0]))
             self._newest.pop(row[0], None)
             self._newest[row[1]] = self._now
             directory = directory.rpartition("/")[0]

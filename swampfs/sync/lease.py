@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
+from swampfs.errors import StoreUnreachableError
 from swampfs.names import RelPath
 from swampfs.records import LockInfo
 from swampfs.sync.locks import Lock
+
+LINGER_S = 1.0
+CROWDED_S = 0.3  # how long a lock that others waited for before is used, then handed on
+LONGEST_S = 5.0  # what is pushed by then is handed on even if more is written
+_STUCK_S = 30.0
+ANSWER_S = 5.0  # a store that says nothing for so long is taken to be out of reach; it is asked again as often
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -24,6 +34,7 @@ class Lease:
     used: float
     fresh: bool = False  # the tree was refreshed after it was acquired: what is written starts from the latest
     pins: int = 0  # pushes under way
+    closed_at: float = 0.0
     closing: bool = False  # no new writer is let in; it goes as soon as everything is pushed
     user: bool = False  # taken by a user as a file; only that file's removal ends it
     alive: Callable[[], bool] = lambda: True  # a user's lock is renewed for as long as its process lives
@@ -38,6 +49,28 @@ class Lease:
             "heldS": round(time.monotonic() - self.since, 1),
         }
 
+    @property
+    def _spell_s(self) -> float:
+        return CROWDED_S if self.lock.contended else LINGER_S
+
+    def has_lingered(self) -> bool:
+        """Whether nobody has used it for a while, or nobody new is let in."""
+        return self.closing or time.monotonic() - self.used >= self._spell_s
+
+    def is_stuck(self) -> bool:
+        """Whether what was written under it could not be pushed for long after it was to go."""
+        return self.closing and time.monotonic() - self.closed_at > _STUCK_S
+
+    def close(self, longest_s: float, *, is_written: bool) -> bool:
+        """Let no new writer in once it was held for long, unless a changed file is open. Returns whether it is news."""
+        now = time.monotonic()
+        too_long = now - self.since > (CROWDED_S if self.lock.contended else longest_s)
+        was_closing, self.closing = self.closing, too_long and not is_written
+        if self.closing and not was_closing:
+            self.closed_at = now
+            return True
+        return False
+
     def lets_in(self) -> bool:
         return self.fresh and not self.closing and self.lock.is_sure
 
@@ -48,6 +81,7 @@ class Flight:
     def __init__(self) -> None:
         self.done = trio.Event()
         self.moved = trio.Event()  # set at each news: somebody else holds the lock, or it is ours
+        self.asked_at: float | None = None  # since when the store owes us an answer
         self.acquired = False
         self.holder: LockInfo | None = None
         self.waits = False  # the store has answered: somebody else holds it
@@ -66,3 +100,32 @@ class Flight:
             "hostname": self.holder.hostname if self.holder else None,
             "pid": self.holder.pid if self.holder else None,
         }
+
+
+class Reach:
+    """Whether the store can be asked for locks; ``queue``: writers go on without if it cannot (architecture §5)."""
+
+    def __init__(self, *, queue: bool) -> None:
+        self._queue = queue
+        self.lost_since: float | None = None
+        self._asked_at = 0.0
+
+    def is_lost(self) -> bool:
+        """Whether it was out of reach a moment ago."""
+        return self.lost_since is not None and time.monotonic() - self._asked_at < ANSWER_S
+
+    def give_up(self, error: Exception | None) -> Literal[False]:
+        """It did not answer. Raises that, if changes are not queued."""
+        if not self._queue:
+            raise error or StoreUnreachableError("the datastore does not answer, and changes are not queued")
+        self._asked_at = time.monotonic()
+        if self.lost_since is None:
+            log.info("the datastore is out of reach: changes are queued on this machine")
+            self.lost_since = self._asked_at
+        return False
+
+    def found(self) -> None:
+        """It answered."""
+        if self.lost_since is not None:
+            log.info("the datastore answers again")
+            self.lost_since = None

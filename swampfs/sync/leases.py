@@ -12,24 +12,28 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import trio
 
-from swampfs.errors import LeaseLostError, LockTimeoutError, StoreError, SwampfsError
+from swampfs.errors import (
+    ConflictingWriteError,
+    LeaseLostError,
+    LockTimeoutError,
+    StoreBusyError,
+    StoreError,
+    StoreUnreachableError,
+    SwampfsError,
+)
 from swampfs.names import GLOBAL_LOCK_FILE, Keyspace, RelPath, is_model_lock, lease_path
 from swampfs.records import LockInfo
-from swampfs.sync.lease import Flight, Lease
+from swampfs.sync.lease import ANSWER_S, LONGEST_S, Flight, Lease, Reach
 from swampfs.sync.locks import Lock, is_free, lock_timeout, wait_until_free
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-LINGER_S = 1.0
-CROWDED_S = 0.3  # how long a lock that others waited for before is used, then handed on
-LONGEST_S = 5.0  # what is pushed by then is handed on even if more is written
-_ANSWER_S = 5.0  # a store that says nothing for so long is taken to be out of reach
 _PATIENCE_S = 5.0  # of a push; it is repeated anyway
 _CLOSE_S = 10.0
 
@@ -58,7 +62,6 @@ class Leases:
         self._prove_exclusive = prove_exclusive
         self._start_soon = start_soon
         self._wait_s = wait_s
-        self._queue_offline = queue_offline
         self._held: dict[RelPath, Lease] = {}
         self._flights: dict[RelPath, Flight] = {}
         self._leaving: dict[RelPath, trio.Event] = {}
@@ -75,7 +78,8 @@ class Leases:
         self.is_family: Callable[[int, LockInfo], bool] = lambda pid, holder: False
         """Whether a process works on behalf of a lock's holder (``SWAMP_LOCK_HOLDER_PID``)."""
         self.longest_s = LONGEST_S
-        self.offline_since: float | None = None
+        self.reach = Reach(queue=queue_offline)
+        self._is_closed = False
         self.lost = 0
         self.borrowed: dict[RelPath, str | None] = {}  # the nonce of a lock whose holder's child writes through us
 
@@ -115,54 +119,53 @@ class Leases:
             StoreError: the store refused, or is out of reach and changes are not queued.
         """
         deadline = trio.current_time() + self._wait_s
-        while True:
-            missing = sorted({lease_path(path) for path in paths if not self.covers(path)})
-            if not missing:
-                return
-            if trio.current_time() >= deadline:
-                raise lock_timeout(missing[0], None, self._wait_s)
-            for name in missing:
-                if not await self._wait_for(name, pid, deadline):
-                    return  # out of reach, or another's on whose behalf we write
+        borrowed: set[RelPath] = set()
+        with ExitStack() as kept:  # what we have stays until we have all
+            while True:
+                kept.enter_context(self.staying(path for path in paths if self.covers(path)))
+                missing = sorted({lease_path(path) for path in paths if not self.covers(path)} - borrowed)
+                if not missing:
+                    return
+                if trio.current_time() >= deadline:
+                    raise lock_timeout(missing[0], None, self._wait_s)
+                for name in missing:
+                    if self.reach.is_lost():
+                        return
+                    self._flight(name, self._wait_s)
+                for name in missing:
+                    if not await self._wait_for(name, pid, deadline):
+                        if name not in self.borrowed:
+                            return  # out of reach
+                        borrowed.add(name)  # another's, on whose behalf we write
 
     async def _wait_for(self, name: RelPath, pid: int, deadline: float) -> bool:
         """Returns whether the lock may be ours now; ``False`` = go on without it."""
-        if self.offline_since is not None:
-            return self._go_offline(None)
         flight = self._flight(name, self._wait_s)
-        silent_until = trio.current_time() + min(_ANSWER_S, self._wait_s)
         while not flight.done.is_set():
             if flight.waits and flight.holder is not None and self.is_family(pid, flight.holder):
                 self.borrowed[name] = flight.holder.nonce
                 return False
-            if not flight.waits and not flight.acquired and trio.current_time() >= silent_until:
-                return self._go_offline(None)
+            until = deadline
+            if flight.asked_at is not None and not flight.waits and not flight.acquired:
+                until = min(deadline, flight.asked_at + ANSWER_S)  # the store says nothing at all
+                if trio.current_time() >= until:
+                    return self.reach.give_up(None)
             if trio.current_time() >= deadline:
                 raise lock_timeout(name, flight.holder, self._wait_s)
-            with trio.move_on_at(min(deadline, silent_until) if not flight.waits else deadline):
+            with trio.move_on_at(until):
                 await flight.moved.wait()
         error = flight.error
-        if isinstance(error, LockTimeoutError) and trio.current_time() < deadline:
-            return True  # it ran out of the time of an earlier writer
-        if isinstance(error, StoreError) and error.retryable:
-            return self._go_offline(error)
+        if isinstance(error, LockTimeoutError | ConflictingWriteError | StoreBusyError):
+            if trio.current_time() < deadline - self._wait_s + ANSWER_S:
+                await trio.sleep(TICK_S)
+                return True  # it ran out of the time of an earlier writer, or the store is busy
+            if isinstance(error, StoreBusyError):
+                return self.reach.give_up(error)
+        if isinstance(error, StoreUnreachableError):
+            return self.reach.give_up(error)
         if error is not None:
             raise error
         return True
-
-    def _go_offline(self, error: Exception | None) -> bool:
-        if not self._queue_offline:
-            raise error or StoreError("the datastore does not answer and changes are not queued")
-        if self.offline_since is None:
-            log.info("the datastore is out of reach: changes are queued on this machine")
-            self.offline_since = time.monotonic()
-        return False
-
-    def back_online(self) -> None:
-        """The datastore answered a poll."""
-        if self.offline_since is not None:
-            log.info("the datastore answers again")
-            self.offline_since = None
 
     # --- for pushes ---------------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class Leases:
 
     async def _acquire_for_push(self, name: RelPath) -> Lease:
         flight = self._flight(name, _PATIENCE_S, refresh=False)
-        with trio.move_on_after(_PATIENCE_S + _ANSWER_S):
+        with trio.move_on_after(_PATIENCE_S + ANSWER_S):
             await flight.done.wait()
         if flight.error is not None:
             raise flight.error
@@ -261,25 +264,31 @@ class Leases:
         flight = self._flights[name] = Flight()
         try:
             if lease is not None and not lease.user and lease.lock.is_sure:
+                lock = lease.lock
                 lease.user, lease.closing = True, False
             else:
-                self._drop(name)
                 lock = self._make_lock(self._keys.lock(name))
-                if not await lock.take():
-                    return None
-                lease = self._keep(name, lock, user=True)
-            await self._refresh(name)
-            lease.fresh = True
+                lease = await self._take(name, lock)
+            if lease is not None:
+                await self._refresh(name)
+                lease.fresh = True
             return lease
         except BaseException:
-            self._drop(name)
+            if lease is not None and lease.lock is lock:
+                self._drop(name)
             with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
-                if lease is not None:
-                    await lease.lock.release()
+                await lock.abandon()
             raise
         finally:
             del self._flights[name]
             flight.done.set()
+            flight.tell()
+
+    async def _take(self, name: RelPath, lock: Lock) -> Lease | None:
+        if not await lock.take():
+            return None
+        self._drop(name)  # of somebody whose lock expired
+        return self._keep(name, lock, user=True)
 
     async def untake(self, lease: Lease) -> None:
         """The user removed the file. Raises LeaseLostError if the lock was somebody else's by then, StoreError."""
@@ -287,7 +296,7 @@ class Leases:
             return
         gone = self._part(lease)
         try:
-            await self._before_release(lease.name)
+            await self._tell_next(lease)
             if not await lease.lock.give_up():
                 raise LeaseLostError(f"the lock {lease.name} had been lost to another machine")
         finally:
@@ -306,6 +315,8 @@ class Leases:
     def _flight(self, name: RelPath, wait_s: float, *, refresh: bool = True) -> Flight:
         flight = self._flights.get(name)
         if flight is None:
+            if self._is_closed:
+                raise LockTimeoutError("the mount is ending", lock_key=name)
             flight = self._flights[name] = Flight()
             self._start_soon(self._fly, name, flight, wait_s, refresh)
         return flight
@@ -329,7 +340,9 @@ class Leases:
         if refresh and pause > 0:  # we had it; now it is the others' turn
             await trio.sleep(pause)
         lease = self._held.get(name)
-        if lease is not None and not lease.lock.is_sure:
+        flight.asked_at = trio.current_time()
+        flight.tell()
+        if lease is not None and not lease.user and not lease.lock.is_sure:
             await lease.lock.renew()  # a broken connection, perhaps: nobody need have noticed
             lease.fresh = False
         if lease is None or not lease.lock.is_sure:
@@ -353,20 +366,17 @@ class Leases:
         while True:
             try:
                 await lock.acquire(wait_s)
-            except trio.Cancelled:
-                with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
-                    await lock.abandon()
-                raise
-            try:
                 await self._prove_exclusive(lock)
                 if not is_model_lock(name) or self.taken_global() is not None:
                     return lock
                 global_lock = self._make_lock(self._keys.global_lock)
                 if await is_free(global_lock):
                     return lock
+            except LockTimeoutError:
+                raise
             except BaseException:
                 with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
-                    await lock.release()
+                    await lock.abandon()  # also if its put was applied and not answered
                 raise
             await lock.release()
             wait(await global_lock.inspect())
@@ -376,7 +386,7 @@ class Leases:
         now = time.monotonic()
         lease = self._held[name] = Lease(name, lock, now, now, user=user)
         self.borrowed.pop(name, None)
-        self.back_online()
+        self.reach.found()
         self._start_soon(self._beat, lease)
         self._wake.set()
         return lease
@@ -387,7 +397,10 @@ class Leases:
             while lease.lock.held:
                 await trio.sleep(lease.lock.beat_s)
                 if not lease.user or (lease.lock.content is None and lease.alive()):
-                    await lease.lock.renew()
+                    try:
+                        await lease.lock.renew()
+                    except Exception:  # as if it had not been answered: `is_sure` says how long that is good for
+                        log.exception("renewing %s failed", lease.name)
             self.lost += 1
             log.info("the lock %s was lost to another machine", lease.name)
             if self._held.get(lease.name) is lease and not lease.user:
@@ -407,17 +420,15 @@ class Leases:
                     self._start_soon(self._finish, lease, self._part(lease))
 
     def _is_done(self, lease: Lease) -> bool:
-        now = time.monotonic()
-        crowded = lease.lock.contended
         if lease.pins or lease.name in self._flights or lease.name in self._leaving:
             return False
-        if self.is_pending(lease.name):
-            too_long = now - lease.since > (CROWDED_S if crowded else self.longest_s)
-            lease.closing = too_long and not self.is_written(lease.name)
-            if lease.closing:
-                self.hurry(lease.name)
-            return False
-        return lease.closing or now - lease.used >= (CROWDED_S if crowded else LINGER_S)
+        if not self.is_pending(lease.name):
+            return lease.has_lingered()
+        if lease.is_stuck():
+            return True  # what cannot be pushed keeps nobody out: its base decides when it can
+        if lease.close(self.longest_s, is_written=self.is_written(lease.name)):
+            self.hurry(lease.name)
+        return False
 
     async def _give_back(self, lease: Lease) -> None:
         if self._held.get(lease.name) is lease:
@@ -434,14 +445,22 @@ class Leases:
 
     async def _finish(self, lease: Lease, gone: trio.Event) -> None:
         try:
-            if lease.fresh:
-                await self._before_release(lease.name)
-            await lease.lock.release()
-        except StoreError as error:
-            log.info("the lock %s stays until its TTL: %s", lease.name, error)
+            with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+                await self._tell_next(lease)
+                await lease.lock.release()
+        except Exception:  # a background task that fails takes the mount down
+            log.exception("giving back %s failed", lease.name)
         finally:
             del self._leaving[lease.name]
             gone.set()
+
+    async def _tell_next(self, lease: Lease) -> None:
+        """Leave what the next holder must know; not when the lock may be a successor's already."""
+        if lease.fresh and lease.lock.is_sure:
+            try:
+                await self._before_release(lease.name)
+            except StoreError as error:
+                log.info("the empty directories under %s could not be recorded: %s", lease.name, error)
 
     def _drop(self, name: RelPath) -> None:
         lease = self._held.pop(name, None)
@@ -457,10 +476,13 @@ class Leases:
 
     async def close(self) -> None:
         """Give back every lock of our own; a user's stays, for the user may go on after us."""
+        self._is_closed = True
         with trio.move_on_after(_CLOSE_S):
             for lease in list(self._held.values()):
                 if not lease.user:
                     await self._give_back(lease)
+            for gone in list(self._leaving.values()):
+                await gone.wait()
 
     # --- for status ---------------------------------------------------------------------------------------
 

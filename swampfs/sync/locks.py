@@ -24,6 +24,7 @@ import trio
 
 from swampfs.errors import (
     AbsentError,
+    ConflictingWriteError,
     LeaseLostError,
     LockTimeoutError,
     PreconditionError,
@@ -113,6 +114,9 @@ class Lock:
         """Whether somebody else held it when it was last asked for."""
         self.on_wait: Callable[[LockInfo | None], None] = lambda holder: None
         self._turn = trio.Lock()  # a heartbeat under way must not make our own next write look like a stranger's
+        self._sent: list[bytes] = []  # what we wrote since the last answer: finding it means the lock is ours
+        self.writes = 0
+        """Moves whenever a write of ours begins or ends."""
         self._etag = ""
         self._nonce: str | None = None
         self._wanted = ""  # of the acquisition last begun
@@ -183,17 +187,37 @@ class Lock:
         async with self._turn:
             if self._nonce is None:
                 raise LeaseLostError(f"the lock {self.key} was lost to another machine")
-            before, self.content = self._clock(), content
-            body = self._body(self._nonce)
-            try:
-                info = await self._remote.put(self.key, body, matching(self._etag), Lane.LOCK)
-            except (PreconditionError, AbsentError):
-                found = await self.look()
-                if found is None or found[1] != body:  # else the first attempt of a repeated put was applied
-                    self._nonce = None
-                    raise LeaseLostError(f"the lock {self.key} was lost to another machine") from None
-                info = found[2]
-            self._etag, self._renewed = info.etag, before
+            self.content = content
+            await self._put_over(self._body(self._nonce))
+
+    async def _put_over(self, body: bytes) -> None:
+        """Replace our version of the lock. Raises LeaseLostError if it is not ours any more, StoreError."""
+        assert self._nonce is not None
+        before = self._clock()
+        self._sent.append(body)
+        self.writes += 1
+        try:
+            for _ in range(2):
+                try:
+                    info = await self._remote.put(self.key, body, matching(self._etag), Lane.LOCK)
+                    break
+                except (PreconditionError, AbsentError):
+                    found = await self.look()
+                    if found is None or not self._is_ours(self._nonce, found[0], found[1]):
+                        self._nonce = None
+                        raise LeaseLostError(f"the lock {self.key} was lost to another machine") from None
+                    info = found[2]
+                    if found[1] == body:
+                        break  # applied, and not answered
+                    self._etag = info.etag  # so was an earlier one
+            else:
+                raise ConflictingWriteError(f"the lock {self.key} could not be renewed")
+        finally:
+            self.writes += 1
+        self._etag, self._renewed, self._sent = info.etag, before, [body]
+
+    def _is_ours(self, nonce: str, holder: LockInfo | None, body: bytes) -> bool:
+        return body in self._sent or (self.content is None and holder is not None and holder.nonce == nonce)
 
     async def release(self) -> None:
         """Remove our lock, and only ours. Idempotent; a store that does not answer leaves it to the TTL."""
@@ -209,10 +233,13 @@ class Lock:
             nonce, self._nonce = self._nonce, None
             if nonce is None:
                 return False
-            try:
-                return await self.break_version(self._etag)
-            finally:
-                self._note(self.key, None)
+            self.writes += 1
+            self._note(self.key, None)
+            if await self.break_version(self._etag):
+                return True
+            found = await self.look()  # the last renewal may have been applied without our knowing
+            ours = found is not None and self._is_ours(nonce, found[0], found[1])
+            return ours and found is not None and await self.break_version(found[2].etag)
 
     @property
     def is_busy(self) -> bool:
@@ -226,7 +253,7 @@ class Lock:
     async def abandon(self) -> None:
         """An acquisition was cancelled: if it had succeeded all the same, give the lock back."""
         with contextlib.suppress(StoreError):
-            if await self._adopt(self._wanted):
+            if self.held or await self._adopt(self._wanted):
                 await self.release()
 
     async def inspect(self) -> LockInfo | None:
@@ -252,8 +279,8 @@ class Lock:
         """Remove the lock if it still is this very version of it."""
         try:
             await self._remote.delete(self.key, matching(etag), Lane.LOCK)
-        except (PreconditionError, AbsentError):
-            return False
+        except (PreconditionError, AbsentError) as error:
+            return error.retried and await self.look() is None  # the first attempt did it, unanswered
         return True
 
     async def force_release(self, nonce: str) -> bool:
@@ -270,18 +297,12 @@ class Lock:
                 await self._renew(self._nonce)
 
     async def _renew(self, nonce: str) -> None:
-        before = self._clock()
         try:
-            info = await self._remote.put(self.key, self._body(nonce), matching(self._etag), Lane.LOCK)
-        except (PreconditionError, AbsentError):
-            with contextlib.suppress(StoreError):  # unknown: `check` decides by the time since the last renewal
-                if not await self._adopt(nonce):
-                    self._nonce = None
-            return
-        except StoreError as error:
+            await self._put_over(self._body(nonce))
+        except LeaseLostError:
+            log.info("the lock %s belongs to somebody else by now", self.key)
+        except StoreError as error:  # unknown: `check` decides by the time since the last renewal
             log.info("heartbeat of %s failed, retrying: %s", self.key, error)
-            return
-        self._etag, self._renewed = info.etag, before
 
     async def heartbeat(self) -> None:
         """Renew every third of the TTL until cancelled or lost."""
@@ -293,9 +314,11 @@ class Lock:
 
     async def _try_create(self, nonce: str) -> bool:
         before = self._clock()
+        body = self._body(nonce)
+        self._sent = [body]
         try:
-            info = await self._remote.put(self.key, self._body(nonce), ABSENT, Lane.LOCK)
-        except PreconditionError:
+            info = await self._remote.put(self.key, body, ABSENT, Lane.LOCK)
+        except (PreconditionError, ConflictingWriteError):
             return await self._adopt(nonce)
         except StoreError:
             with contextlib.suppress(StoreError):
@@ -312,7 +335,7 @@ class Lock:
         if found is None:
             return False
         holder, body, info = found
-        ours = body == self.content if self.content is not None else holder is not None and holder.nonce == nonce
+        ours = self._is_ours(nonce, holder, body)
         if ours:
             self._etag, self._nonce, self._renewed = info.etag, nonce, before
         return ours

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Container, Sequence
 
+import trio
+
 from swampfs.errors import AbsentError, StoreError
 from swampfs.names import RelPath
 from swampfs.records import Node, TreeChange
@@ -44,7 +46,8 @@ class Puller:
         applied = apply_delta(self._catalog, delta, self._busy)
         for node in applied.stale:
             self._drop_content(node)
-        applied.changes.extend(await self._judge_parked(applied.missing_parked))
+        with trio.CancelScope(shield=True):  # the kernel must hear of what was applied, whoever asked for it
+            applied.changes.extend(await self._judge_parked(applied.missing_parked))
         return applied.changes
 
     async def _judge_parked(self, paths: Sequence[RelPath]) -> list[TreeChange]:
@@ -63,7 +66,7 @@ class Puller:
                 if node is not None and path not in self._busy:
                     self._catalog.remove(node)
                     self._drop_content(node)
-                    changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+                    changes.append(TreeChange(node.parent, node.name, node.ino))
                 continue
             except StoreError as error:
                 log.info("cannot tell whether %s was deleted, keeping it: %s", path, error)

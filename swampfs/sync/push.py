@@ -380,7 +380,7 @@ class Pusher:
                 self._catalog.unpark([path])
                 self._catalog.remove(node)
                 self._drop_content(node)
-                batch.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+                batch.changes.append(TreeChange(node.parent, node.name, node.ino))
                 continue
             entries.append(node.base)
         return entries
@@ -415,15 +415,15 @@ class Pusher:
             if node is not None:
                 self._catalog.remove(node)
                 self._drop_content(node)
-                batch.changes.append(TreeChange(node.parent, node.name, node.ino, content=False))
+                batch.changes.append(TreeChange(node.parent, node.name, node.ino))
             if current is not None:
                 parent = self._catalog.make_parents(record.path)
                 self._catalog.add_remote(parent, current, partition, time.time_ns())
-                batch.changes.append(TreeChange(parent, record.path.rpartition("/")[2], 0, content=False))
+                batch.changes.append(TreeChange(parent, record.path.rpartition("/")[2], 0))
         for directory in missing:
             made = self._catalog.at(directory)
             assert made is not None
-            batch.changes.append(TreeChange(made.parent, made.name, made.parent, content=False))
+            batch.changes.append(TreeChange(made.parent, made.name, made.parent))
 
 
 def _snapshot(source: str, target: str) -> int:

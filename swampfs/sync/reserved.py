@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from swampfs.errors import AbsentError, SwampfsError
+from swampfs.errors import AbsentError, PreconditionError, SwampfsError
 from swampfs.names import LEASES, Keyspace, RelPath, lease_path, parent_of, rel_path
+from swampfs.provider import ABSENT, matching
 from swampfs.records import Kind, Residency, TreeChange
 from swampfs.state.catalog import DIRECTORY_MODE, Catalog
 from swampfs.sync.remote import Remote
@@ -36,6 +37,7 @@ class Reservations:
         self._remote = remote
         self._keys = keys
         self._catalog = catalog
+        self._versions: dict[RelPath, str] = {}  # of the records as we read or wrote them
 
     def _key(self, name: RelPath) -> str:
         return self._keys.data(f"{_RECORDS}/{_scope(name)}.json")
@@ -47,12 +49,14 @@ class Reservations:
             blob = await self._remote.get(key, lane=Lane.LOCK)
         except AbsentError:
             blob = None
+        self._versions[name] = blob.info.etag if blob is not None else ""
         listed = _decode(blob.body, name) if blob is not None else []
         known = self._known(name)
         changes: list[TreeChange] = []
         with self._catalog.transaction():
             for path in listed:
-                changes += self._show(path)
+                if path not in known:  # else it was removed here, while the datastore was out of reach
+                    changes += self._show(path)
             for path in known - set(listed):
                 changes += self._hide(path)
             self._remember(name, listed)
@@ -64,11 +68,17 @@ class Reservations:
         empty = [path for path in self._catalog.empty_directories(scope) if lease_path(path) == name]
         if set(empty) == self._known(name):
             return
-        if empty:
-            body = json.dumps({"version": 1, "directories": empty}, ensure_ascii=False).encode()
-            await self._remote.put(self._key(name), body, lane=Lane.LOCK)
-        else:
-            await self._remote.delete(self._key(name), lane=Lane.LOCK)
+        version = self._versions.pop(name, "")
+        when = matching(version) if version else ABSENT
+        try:
+            if empty:
+                body = json.dumps({"version": 1, "directories": empty}, ensure_ascii=False).encode()
+                await self._remote.put(self._key(name), body, when, Lane.LOCK)
+            elif version:
+                await self._remote.delete(self._key(name), when, Lane.LOCK)
+        except (PreconditionError, AbsentError):
+            log.info("the record of empty directories of %s is a successor's by now", name)
+            return
         self._remember(name, empty)
 
     def _known(self, name: RelPath) -> set[RelPath]:
@@ -103,7 +113,7 @@ class Reservations:
         while path:
             above = self._catalog.at(parent_of(path))
             assert above is not None
-            changes.append(TreeChange(above.ino, path.rpartition("/")[2], ino, content=False))
+            changes.append(TreeChange(above.ino, path.rpartition("/")[2], ino))
             path, ino = parent_of(path), above.ino
         return changes
 

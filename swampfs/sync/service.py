@@ -113,8 +113,10 @@ class SyncService:
         async def directories() -> None:
             shown.extend(await self._reservations.load(name))
 
-        errors = await for_each([self.pull_changed, directories], lambda fn: fn(), at_once=2)
-        self._announce(shown)
+        try:
+            errors = await for_each([self.pull_changed, directories], lambda fn: fn(), at_once=2)
+        finally:
+            self._announce(shown)
         if errors:
             raise errors[0]
         await self.settle()

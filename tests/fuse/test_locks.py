@@ -413,3 +413,19 @@ def test_many_samples_stay_quiet(two, bucket):
     a.flush()
     assert not [key for key in bucket.keys() if key.endswith(".lock")]
     check_bucket(bucket)
+
+
+def test_the_lock_of_a_dead_maker_is_given_up_after_its_ttl(bucket, fleet):
+    """Nobody renews it: here, too, it may be taken then."""
+    load_shards(bucket, FILES)
+    a = fleet.machine("a", bucket.env, options=("--refresh", "300ms", "--push-delay", "200ms", "--lock-ttl", "1s"))
+    a.mount(bucket.url)
+    subprocess.run(["sh", "-c", f"set -C; : > {a.path / LOCK}"], check=True)
+    with pytest.raises(FileExistsError):
+        take(a.path / LOCK)
+    time.sleep(1.5)
+    take(a.path / LOCK)
+    time.sleep(1.5)
+    assert (a.path / LOCK).exists()  # this maker lives
+    (a.path / LOCK).unlink()
+    a.umount()
