@@ -25,16 +25,18 @@ from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
 from swampfs.fs.attributes import Owner
+from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.guard import Guard, is_family
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LockFiles
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
+from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
 from swampfs.names import RelPath, lease_path, rel_path
-from swampfs.settings import Backend, MountSettings
+from swampfs.settings import Backend, Consistency, MountSettings
 from swampfs.sync.lease import LONGEST_S
 from swampfs.sync.leases import Leases
 from swampfs.sync.service import SyncService
@@ -169,8 +171,23 @@ class Mount:
             "openFiles": len(self.fs.files),
             "lastError": error,
             "refreshAgeMs": self.refresh.age_ms(),
+            "visibilityMs": self.sync.visibility.as_json(),
             "uptimeS": round(time.monotonic() - self.started_at, 1),
         }
+
+    def views(self, owner: Owner) -> Views:
+        """``.swampfs/``: the same as ``status``, as files."""
+        return Views(
+            owner,
+            {
+                "status.json": lambda: document(self.status()),
+                "pending": lambda: lines(self.writeback.pending()),
+                "locks": lambda: records(self.sync.leases.as_json()),
+                "errors": lambda: lines(
+                    [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
+                ),
+            },
+        )
 
     def commands(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
         async def status(_: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +205,20 @@ class Mount:
             await self.refresh.once()
             return {"refreshAgeMs": self.refresh.age_ms(), "lastError": self.refresh.last_error}
 
-        return {"status": status, "flush": flush, "refresh": refresh}
+        async def conflicts(_: Mapping[str, Any]) -> dict[str, Any]:
+            return {"conflicts": self.sync.cache.conflict_reports()}
+
+        async def drop_conflict(message: Mapping[str, Any]) -> dict[str, Any]:
+            self.sync.cache.drop_conflict(str(message["id"]))
+            return {"conflicts": len(self.sync.cache.conflicts())}
+
+        return {
+            "status": status,
+            "flush": flush,
+            "refresh": refresh,
+            "conflicts": conflicts,
+            "drop_conflict": drop_conflict,
+        }
 
 
 async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callable[[], None]) -> None:
@@ -304,6 +334,9 @@ def _compose(
     refresh = Refresh(sync, settings.refresh_s)
     _join_leases(sync.leases, fs, writeback, settings)
     locks.publish = lambda lock: _publish(sync.leases, writeback, lock, settings.timeout_s * _LOCK_SHARE)
+    if settings.consistency is Consistency.CLOSE_TO_OPEN:
+        wait_s = settings.timeout_s * _LOCK_SHARE
+        fs.close_to_open = CloseToOpen(sync, lambda path: writeback.flush([path], wait_s, even_open=True))
     operations = session.mount(fs, settings)
     invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
@@ -312,7 +345,9 @@ def _compose(
         writeback.touch_all()
         nursery.start_soon(writeback.run)
         nursery.start_soon(sync.leases.run)
-    return Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event())
+    mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event())
+    fs.views = mount.views(owner)
+    return mount
 
 
 def _join_leases(leases: Leases, fs: FileSystem, writeback: Writeback, settings: MountSettings) -> None:

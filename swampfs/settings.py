@@ -30,6 +30,13 @@ _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)?$")
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
+class Consistency(Enum):
+    """When changes of others are seen (``design/cli.md`` §1)."""
+
+    BOUNDED = "bounded"  # within a refresh interval
+    CLOSE_TO_OPEN = "close-to-open"  # asked for at each open, published at each close
+
+
 class Backend(Enum):
     S3 = "s3"
     GCS = "gcs"
@@ -109,6 +116,7 @@ class MountSettings:
     timeout_s: float = 30.0
     queue_offline: bool = True
     lock_ttl_s: float = 30.0
+    consistency: Consistency = Consistency.BOUNDED
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False

@@ -28,7 +28,7 @@ def _where(text: str) -> Path:
     return Path(os.path.realpath(head)) / tail if tail else Path(head)
 
 
-def _ask(registration: registry.Registration, message: dict[str, Any], timeout_s: float = _ANSWER_S) -> dict[str, Any]:
+def ask(registration: registry.Registration, message: dict[str, Any], timeout_s: float = _ANSWER_S) -> dict[str, Any]:
     """Send a request; an error in the answer ends the command with the mount's words and exit code."""
     answer = registry.request(registration, message, timeout_s)
     if "error" in answer:
@@ -59,7 +59,7 @@ def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
     registration = registry.find(os.environ, path)
     if Path(registration.mountpoint) != path:
         raise NotMountedError(f"{path} is inside the mount at {registration.mountpoint}", remedy="name that directory")
-    _ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+    ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
     mountpoints.unmount(str(path))
     _wait_for_exit(registration.pid)
 
@@ -90,7 +90,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     \b
     Example: swampfs status --json ~/repo/.swamp
     """
-    answer = _ask(_pick(mountpoint), {"cmd": "status"})
+    answer = ask(pick(mountpoint), {"cmd": "status"})
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
@@ -106,7 +106,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         click.echo(f"  finding    {finding['path']!r}: {finding['detail']}")
 
 
-def _pick(mountpoint: str | None) -> registry.Registration:
+def pick(mountpoint: str | None) -> registry.Registration:
     if mountpoint is not None:
         return registry.find(os.environ, _where(mountpoint))
     try:
@@ -131,7 +131,7 @@ def flush(paths: tuple[str, ...], timeout: float) -> None:
     Example: swampfs flush ~/repo/.swamp/data
     """
     if not paths:
-        _ask(_pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+        ask(pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
         return
     by_mount: dict[registry.Registration, list[str]] = {}
     for text in paths:
@@ -140,4 +140,4 @@ def flush(paths: tuple[str, ...], timeout: float) -> None:
         relative = os.path.relpath(path, registration.mountpoint)
         by_mount.setdefault(registration, []).append("" if relative == "." else relative)
     for registration, relatives in by_mount.items():
-        _ask(registration, {"cmd": "flush", "paths": relatives, "timeout": timeout}, timeout + _ANSWER_S)
+        ask(registration, {"cmd": "flush", "paths": relatives, "timeout": timeout}, timeout + _ANSWER_S)

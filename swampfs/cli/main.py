@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from swampfs import __version__
+from swampfs.cli.conflicts import conflicts
 from swampfs.cli.control import flush, status, umount
+from swampfs.cli.locks import lock
 from swampfs.cli.mount import mount
 from swampfs.cli.sync import doctor, migrate_index, sync
 from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
@@ -67,5 +69,5 @@ def version() -> None:
     click.echo(f"swampfs {__version__}")
 
 
-for command in (mount, umount, status, flush, sync, migrate_index, doctor):
+for command in (mount, umount, status, flush, sync, lock, conflicts, migrate_index, doctor):
     main.add_command(command)

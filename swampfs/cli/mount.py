@@ -20,6 +20,7 @@ from swampfs.errors import EXIT_MOUNT, EXIT_SYSTEM, SettingsError, SwampfsError,
 from swampfs.settings import (
     MARKER,
     Backend,
+    Consistency,
     MountSettings,
     Repo,
     Source,
@@ -72,6 +73,9 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
               help="Quiet time of a model before its changes are pushed.")  # fmt: skip
 @click.option("--timeout", envvar="SWAMPFS_TIMEOUT", callback=seconds, default="30s", show_default=True,
               help="Longest a file operation waits for the datastore.")  # fmt: skip
+@click.option("--consistency", envvar="SWAMPFS_CONSISTENCY", default="bounded", show_default=True,
+              type=click.Choice([kind.value for kind in Consistency]),
+              help="close-to-open: ask for changes at each open, publish at each close.")  # fmt: skip
 @click.option("--lock-ttl", envvar="SWAMPFS_LOCK_TTL", callback=seconds, default="30s", show_default=True,
               help="How long a lock of this mount outlives it if it dies.")  # fmt: skip
 @click.option("--offline", envvar="SWAMPFS_OFFLINE", type=click.Choice(["queue", "fail"]), default="queue",
@@ -237,6 +241,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         push_delay_s=flags["push_delay"],
         timeout_s=flags["timeout"],
         lock_ttl_s=flags["lock_ttl"],
+        consistency=Consistency(flags["consistency"]),
         queue_offline=flags["offline"] == "queue",
         uid=os.getuid() if flags["uid"] is None else flags["uid"],
         gid=os.getgid() if flags["gid"] is None else flags["gid"],

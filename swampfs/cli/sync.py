@@ -113,7 +113,7 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
     provider = _own(datastore, "migrate-index")
 
     async def migrate() -> dict[str, Any]:
-        shards = await provider.migrate_index(datastore.namespace, _lock_options(datastore))
+        shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
         return {"version": shards.version, "partitions": list(shards.partitions), "commitSeq": shards.commit_seq}
 
     answer = _patiently(datastore, "migration", migrate)
@@ -234,10 +234,10 @@ def _patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awaitable
 async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
     """Under the namespace's global lock, as swamp pushes (spec §9.4). Raises LockTimeoutError."""
     place = datastore.provider.resolve_datastore_path(_repo_dir(datastore))
-    return await datastore.provider.create_lock(place, _lock_options(datastore)).with_lock(fn)
+    return await datastore.provider.create_lock(place, lock_options(datastore)).with_lock(fn)
 
 
-def _lock_options(datastore: OpenDatastore) -> LockOptions:
+def lock_options(datastore: OpenDatastore) -> LockOptions:
     wait_ms = _positive("SWAMP_LOCK_TIMEOUT_MS")
     patience = {"max_wait_ms": wait_ms} if wait_ms else {}
     return LockOptions(lock_key=Keyspace("", datastore.namespace).global_lock, **patience)
@@ -300,7 +300,7 @@ async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
         try:
             report = await provider.examine_index(datastore.namespace)
             if repair and not report.sound and report.mode is IndexMode.SHARDS:
-                shards = await provider.migrate_index(datastore.namespace, _lock_options(datastore))
+                shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
                 repairs.append(f"index rebuilt from the objects: {len(shards.partitions)} shards")
                 report = await provider.examine_index(datastore.namespace)
             findings.append(_finding("index", _index_text(report), passed=report.sound))

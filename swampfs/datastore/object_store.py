@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from swampfs.backends.retry import RetryingStore
 from swampfs.errors import SwampfsError
-from swampfs.names import Keyspace
+from swampfs.names import Keyspace, ModelRef
 from swampfs.provider import (
     GLOBAL_LOCK,
     DatastoreHealthResult,
@@ -24,9 +24,10 @@ from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY
 from swampfs.state.sidecar import S3_FINGERPRINT
 from swampfs.sync.cache.service import CacheSyncService
 from swampfs.sync.datastore_lock import DatastoreLock, HeldLocks
-from swampfs.sync.drain import ModelLocks, structurally
+from swampfs.sync.drain import ModelLocks, as_writer, structurally
 from swampfs.sync.examine import IndexReport, examine
 from swampfs.sync.listing import ListingIndex
+from swampfs.sync.locks import Lock
 from swampfs.sync.migrate import ShardWriter
 from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.object_index import ObjectIndex
@@ -135,6 +136,20 @@ class ObjectStoreProvider:
         keys = self._keys._replace(namespace=namespace)
         lock = self.create_lock("", options._replace(lock_key=Keyspace("", namespace).global_lock))
         return await structurally(ModelLocks(self._remote, keys), lock, options.max_wait_ms / 1000, fn)
+
+    async def as_writer(
+        self, namespace: str, model: ModelRef, options: LockOptions, fn: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Run what changes a model: under its lock, with the global lock free. Raises LockTimeoutError."""
+        keys = self._keys._replace(namespace=namespace)
+        model_key = Keyspace("", namespace).model_lock(model)
+        global_lock = Lock(self._remote, keys.global_lock, trust_pids=self._is_directory)
+        model_lock = self.create_lock("", options._replace(lock_key=model_key))
+        return await as_writer(model_lock, global_lock, options.max_wait_ms / 1000, fn)
+
+    def model_locks(self, namespace: str) -> ModelLocks:
+        """The model locks of a namespace, as others hold them."""
+        return ModelLocks(self._remote, self._keys._replace(namespace=namespace))
 
     def resolve_datastore_path(self, repo_dir: str) -> str:
         return self._place if self._is_directory else os.path.join(repo_dir, ".swamp")

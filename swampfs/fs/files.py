@@ -186,9 +186,9 @@ class Files:
         fd, attributes = self._local.create(rel, flags, mode, owner)
         return self._handle(fd, attributes.ino, flags), attributes
 
-    def adopt(self, fd: int, ino: int) -> int:
-        """Handle of a lock file that was just taken."""
-        return self._handle(fd, ino, os.O_RDWR)
+    def adopt(self, fd: int, ino: int, flags: int) -> int:
+        """Handle of something that is no file: a lock that was just taken, or a view."""
+        return self._handle(fd, ino, flags)
 
     def _track(self, fd: int, node: Node, flags: int, pid: int) -> int:
         file = self._open.setdefault(node.ino, OpenFile(node.path))
@@ -253,6 +253,14 @@ class Files:
         fd = self._handles[number].fd
         self._sync.journal.sync()
         await self._sync.remote.threads.write(Lane.DISK, os.fsync, fd)
+
+    def changed_path(self, number: int) -> RelPath | None:
+        """Of a handle through which something may have been written that is not published."""
+        handle = self._handles[number]
+        file = self._open.get(handle.ino)
+        if file is None or not handle.writable or file.path not in self._sync.journal:
+            return None
+        return file.path
 
     def release(self, number: int) -> None:
         handle = self._handles.pop(number)

@@ -11,15 +11,19 @@ import os
 from collections.abc import Callable, Iterator
 
 from swampfs.errors import FileError, ReadOnlyError
+from swampfs.fs import views
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Change, Owner, fail, of_node, of_stat, stale
+from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.files import Files
 from swampfs.fs.guard import Guard
 from swampfs.fs.inodes import Inodes
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
 from swampfs.fs.tree import Tree
+from swampfs.fs.views import VIEW_BASE, Views
 from swampfs.names import RelPath, check_name, is_lock_file, join
 from swampfs.records import Node, TreeChange
+from swampfs.state.catalog import ROOT_INO
 from swampfs.sync.service import SyncService
 
 _BATCH = 256
@@ -45,6 +49,10 @@ class FileSystem:
         self.inodes = Inodes()
         self._guard = guard or Guard(None)
         self._locks = locks
+        self.close_to_open: CloseToOpen | None = None
+        """Set by the composition root for a mount that asks at each open and publishes at each close."""
+        self.views: Views | None = None
+        """The directory of the mount's own state; set by the composition root."""
         self.files = Files(sync, local, self.inodes, owner, on_dirty, guard=self._guard, locks=locks)
         sync.is_open = self.files.is_being_written
         self.tree = Tree(sync, self.files, self.inodes, on_dirty)
@@ -63,7 +71,9 @@ class FileSystem:
 
     def lookup(self, parent: int, name: str) -> Attributes | None:
         """``None`` = no such name. Counts a look-up of what it finds."""
-        if parent >= LOCAL_BASE:
+        if self.views is not None and (parent == VIEW_BASE or (parent == ROOT_INO and name == views.NAME)):
+            found = self.views.lookup(name) if parent == VIEW_BASE else self.views.attributes(VIEW_BASE)
+        elif parent >= LOCAL_BASE:
             found = self._local.lookup(join(self._local.rel(parent), name))
         else:
             node = self._catalog.child(parent, name)
@@ -104,6 +114,8 @@ class FileSystem:
             return self._orphan_attributes(ino)
         if self._locks is not None and ino >= LOCK_BASE:
             return self._locks.attributes(ino)
+        if self.views is not None and ino >= VIEW_BASE:
+            return self.views.attributes(ino)
         if ino >= LOCAL_BASE:
             try:
                 return self._local.attributes(ino)
@@ -139,7 +151,9 @@ class FileSystem:
         """Entries whose inode is greater than ``after``, in inode order: positions survive concurrent change."""
         if ino in self.inodes.orphans:
             return  # removed while open
-        if ino >= LOCAL_BASE:
+        if self.views is not None and ino == VIEW_BASE:
+            children = self.views.children()
+        elif ino >= LOCAL_BASE:
             children = self._local.children(self._local.rel(ino))
         else:
             directory = self.tree.directory(ino)
@@ -178,6 +192,8 @@ class FileSystem:
         """Where a new name goes: its datastore directory, or ``None`` for the local tier; and its path."""
         self._require_writable()
         check_name(name)
+        if parent == VIEW_BASE or (parent == ROOT_INO and name == views.NAME):
+            raise fail(errno.EPERM, views.NAME)
         if parent >= LOCAL_BASE:
             return None, join(self._local.rel(parent), name)
         directory = self.tree.directory(parent)
@@ -213,7 +229,7 @@ class FileSystem:
             self._require_writable()
             fd, found = await self._locks.create(lock, caller)
             self.inodes.looked_up(found.ino)
-            return self.files.adopt(fd, found.ino), found
+            return self.files.adopt(fd, found.ino, os.O_RDWR), found
         directory, path = await self._place_for_writing(parent, name, caller)
         if directory is None:
             number, found = self.files.create_local(path, flags, mode, caller.owner)
@@ -373,8 +389,13 @@ class FileSystem:
     # --- files --------------------------------------------------------------------------------------------
 
     async def open(self, ino: int, flags: int, pid: int) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+        writing = flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC)
+        if writing:
             self._require_writable()
+        if self.views is not None and VIEW_BASE <= ino < LOCK_BASE:
+            if writing:
+                raise fail(errno.EACCES, views.NAME)
+            return self.files.adopt(self.views.open(ino), ino, os.O_RDONLY)
         return await self.files.open(self.inodes.resolve(ino), flags, pid)
 
     async def setattr(self, ino: int, change: Change, pid: int) -> Attributes:

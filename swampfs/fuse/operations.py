@@ -20,8 +20,8 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, Req
 
 from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Caller, Change
-from swampfs.fs.lockfiles import LOCK_BASE
 from swampfs.fs.vfs import FileSystem
+from swampfs.fs.views import VIEW_BASE
 from swampfs.state.schema import is_disk_full
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, fs: FileSystem, timeout_s: float) -> None:
         super().__init__()
+        self._strict = fs.close_to_open
         self._fs = fs
         self.timeout_s = timeout_s
         self.in_use: Counter[int] = Counter()
@@ -113,6 +114,10 @@ class Operations(pyfuse3.Operations):
                 found = await self._lookup_lock(parent_inode, name.decode())
             else:
                 found = self._fs.lookup(parent_inode, name.decode())
+                if found is None and self._strict is not None:
+                    with trio.move_on_after(self.timeout_s):
+                        await self._strict.ask()
+                    found = self._fs.lookup(parent_inode, name.decode())
         except UnicodeDecodeError:
             found = None  # no such name can exist here
         if found is None:
@@ -253,6 +258,8 @@ class Operations(pyfuse3.Operations):
 
     @_bounded
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        if self._strict is not None:
+            await self._strict.ask()
         return _file_info(await self._fs.open(inode, flags, ctx.pid), inode)
 
     @_handler
@@ -263,8 +270,13 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         return await self._fs.files.write(fh, off, buf)
 
+    @_bounded
     async def flush(self, fh: FileHandleT) -> None:
-        raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
+        if self._strict is None:
+            raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
+        path = self._fs.files.changed_path(fh)
+        if path is not None:
+            await self._strict.publish(path)
 
     @_bounded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -300,7 +312,7 @@ def _entry(found: Attributes) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = found.ino
     entry.generation = 0  # inode numbers are never reused
-    entry.entry_timeout = entry.attr_timeout = CACHE_S if found.ino < LOCK_BASE else 0
+    entry.entry_timeout = entry.attr_timeout = CACHE_S if found.ino < VIEW_BASE else 0
     entry.st_mode = found.mode
     entry.st_nlink = found.nlink
     entry.st_uid = found.uid
@@ -320,7 +332,7 @@ def _caller(ctx: RequestContext) -> Caller:
 
 
 def _file_info(number: int, ino: int) -> pyfuse3.FileInfo:
-    if ino >= LOCK_BASE:
+    if ino >= VIEW_BASE:
         return pyfuse3.FileInfo(fh=number, direct_io=True)
     # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
     return pyfuse3.FileInfo(fh=number, keep_cache=True)

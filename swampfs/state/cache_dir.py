@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from swampfs.names import RelPath
 
@@ -102,6 +103,24 @@ class CacheDir:
 
     def conflicts(self) -> list[str]:
         return sorted(os.listdir(self._conflicts))
+
+    def conflict_reports(self) -> list[dict[str, Any]]:
+        """What was kept, oldest first: the report of each with its ``id``, and ``content``, where its bytes are."""
+        found = []
+        for name in self.conflicts():
+            content = os.path.join(self._conflicts, name, "content")
+            with open(os.path.join(self._conflicts, name, "report.json"), encoding="utf-8") as file:
+                report: dict[str, Any] = json.load(file)
+            there = os.path.exists(content)
+            size = os.stat(content).st_size if there else 0
+            found.append({"id": name, **report, "size": size, "content": content if there else None})
+        return sorted(found, key=lambda one: str(one["keptAt"]))
+
+    def drop_conflict(self, name: str) -> None:
+        """Forget what was kept. Raises FileNotFoundError for a name that is none of :meth:`conflicts`."""
+        if name not in self.conflicts():
+            raise FileNotFoundError(name)
+        shutil.rmtree(os.path.join(self._conflicts, name))
 
     def walk(self) -> Iterator[RelPath]:
         """Every regular file under ``files/``."""

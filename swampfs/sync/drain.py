@@ -19,7 +19,7 @@ from swampfs.errors import AbsentError, LockTimeoutError
 from swampfs.names import Keyspace
 from swampfs.provider import DistributedLock
 from swampfs.records import LockInfo
-from swampfs.sync.locks import Sighting, decode_lock
+from swampfs.sync.locks import Lock, Sighting, decode_lock, is_free, wait_until_free
 from swampfs.sync.remote import Remote
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class ModelLocks:
         """Return when none is held. Raises LockTimeoutError naming a holder."""
         started = time.monotonic()
         while True:
-            held = await self._held()
+            held = await self.held()
             if not held:
                 return
             waited = time.monotonic() - started
@@ -55,7 +55,8 @@ class ModelLocks:
                 )
             await trio.sleep(min(self._poll_s, max_wait_s - waited))
 
-    async def _held(self) -> dict[str, LockInfo]:
+    async def held(self, *, all_of_them: bool = False) -> dict[str, LockInfo]:
+        """Path → holder of those that are alive; ``all_of_them``: also that of the process which started us."""
         found = {}
         for info in await self._remote.list(self._keys.data("data/")):
             if not info.key.endswith("/.lock"):
@@ -65,10 +66,10 @@ class ModelLocks:
             except AbsentError:
                 continue
             holder = decode_lock(blob.body) if blob is not None else None
-            if holder is not None and blob is not None and not self._is_ours(holder) and self._is_live(
-                info.key, blob.info.etag, holder
-            ):  # fmt: skip
-                found[info.key] = holder
+            if holder is None or blob is None or not self._is_live(info.key, blob.info.etag, holder):
+                continue
+            if all_of_them or not self._is_ours(holder):
+                found[self._keys.rel(info.key) or info.key] = holder
         return found
 
     def _is_ours(self, holder: LockInfo) -> bool:
@@ -95,3 +96,17 @@ async def structurally(
         return await fn()
 
     return await global_lock.with_lock(work)
+
+
+async def as_writer(
+    model_lock: DistributedLock, global_lock: Lock, max_wait_s: float, fn: Callable[[], Awaitable[T]]
+) -> T:
+    """Hold a model's lock while nobody holds the global one, work, release (spec §9.4)."""
+    while True:
+        await wait_until_free(global_lock, max_wait_s)
+        await model_lock.acquire()
+        try:
+            if await is_free(global_lock):
+                return await fn()
+        finally:
+            await model_lock.release()

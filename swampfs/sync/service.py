@@ -29,6 +29,7 @@ from swampfs.sync.push import Pusher
 from swampfs.sync.remote import Remote
 from swampfs.sync.replay import replay
 from swampfs.sync.reserved import Reservations
+from swampfs.sync.visibility import Visibility
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class SyncService:
         self.settle: Callable[[], Awaitable[None]] = _nothing
         """Return when the kernel shows nothing older than what was announced; set by the composition root."""
         self.refreshed_at: float | None = None
+        self.visibility = Visibility()
 
     def lock(self, key: str) -> Lock:
         """The lock of a key, given back by the next process should this one die with it."""
@@ -181,9 +183,13 @@ class SyncService:
 
     async def pull_changed(self) -> list[TreeChange]:
         """See :meth:`swampfs.sync.pull.Puller.pull`. Listeners are told before this returns."""
+        began = time.monotonic()
         changes = await self._puller.pull()
         self.refreshed_at = time.monotonic()
         self._announce(changes)
+        if changes:
+            await self.settle()
+        self.visibility.polled(began, found=bool(changes))
         return changes
 
     async def push_changed(self, paths: Sequence[str], *, even_open: Container[str] = ()) -> PushReport:

@@ -47,7 +47,7 @@ class Client:
         self.failures = {}
         self.torn = []
         self.unpushed = []
-        self.up = threading.Lock()  # held while the mount is down
+        self.at_work = threading.Lock()  # nobody works while the mount is down
 
     @property
     def name(self):
@@ -206,8 +206,9 @@ class Trouble:
 
     def kill(self, client, seconds, stop):
         client.machine.kill()
-        stop.wait(min(seconds, 2.0))
-        client.machine.mount(self.url)
+        with client.at_work:  # whatever was under way has failed by then
+            stop.wait(min(seconds, 2.0))
+            client.machine.mount(self.url)
 
     def pause(self, client, seconds, stop):
         """Longer than the TTL: its locks expire while it believes to have them."""
@@ -232,7 +233,9 @@ def test_no_history_of_three_machines_loses_or_revives_anything(bucket, fleet, n
 
     def work(client):
         while not stop.is_set():
-            client.step()
+            with client.at_work:
+                client.step()
+            time.sleep(0.001)
 
     threads = [threading.Thread(target=work, args=(client,)) for client in clients]
     threads.append(threading.Thread(target=trouble.strike, args=(stop,)))

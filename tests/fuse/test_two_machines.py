@@ -223,3 +223,29 @@ def test_a_reader_that_meets_a_commit_gets_the_whole_new_content(bucket, fleet):
     assert (machine.path / rel).read_bytes() == body
     assert (machine.path / rel).stat().st_size == len(body)
     machine.umount()
+
+
+def test_close_to_open_shows_at_the_next_open_what_another_machine_has_closed(bucket, fleet):
+    load_shards(bucket, sample_files(models=1))
+    strict = ("--refresh", "1h", "--push-delay", "1h", "--consistency", "close-to-open")
+    a, b = fleet.machine("a", bucket.env, options=strict), fleet.machine("b", bucket.env, options=strict)
+    a.mount(bucket.url)
+    b.mount(bucket.url)
+    raw = next(a.path.glob("data/**/item-0/1/raw")).relative_to(a.path)
+    (b.path / raw).read_bytes()
+    assert not (b.path / "audit").exists()
+    (a.path / raw).write_text("closed on A")
+    (a.path / "audit").mkdir()
+    with open(a.path / "audit/new.jsonl", "w") as file:
+        file.write("first\n")
+    assert (b.path / raw).read_text() == "closed on A"
+    assert (b.path / "audit/new.jsonl").read_text() == "first\n"
+    b.clear_requests()
+    for _ in range(3):
+        (b.path / raw).read_bytes()
+    assert [request["op"] for request in b.requests()] == ["get"] * 3  # one conditional request per open
+    with open(b.path / raw, "a") as file:
+        file.write(", then on B")
+    assert (a.path / raw).read_text() == "closed on A, then on B"
+    a.umount()
+    b.umount()
