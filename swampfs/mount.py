@@ -39,12 +39,14 @@ from swampfs.names import RelPath, lease_path, rel_path
 from swampfs.settings import Backend, Consistency, MountSettings
 from swampfs.sync.lease import LONGEST_S
 from swampfs.sync.leases import Leases
+from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.service import SyncService
 from swampfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
 _UNMOUNT_FLUSH_S = 60.0
+_REGISTERED = "namespace_registered_for"
 _LOCK_SHARE = 0.8  # of an operation's time, for waiting for a lock; the rest is for what it guards
 
 
@@ -292,11 +294,23 @@ async def _start(
     )
     at_end.callback(sync.close)
     pending = await sync.open(writable=not settings.read_only)
+    if not settings.read_only:
+        await _register(settings, datastore, sync)
     if pending:
         log.info("replayed the journal: %d change(s) to push", pending)
     mount = _compose(settings, datastore, sync, beneath, nursery)
     at_end.callback(session.detach)  # after the nursery: its tasks use the session
     await _serve(mount, env, nursery, on_ready)
+
+
+async def _register(settings: MountSettings, datastore: Datastore, sync: SyncService) -> None:
+    """A repository's namespace is its own: say so once, or find out that it is another's. Raises NamespaceError."""
+    slug, owner = settings.source.namespace, settings.repo.repo_id if settings.repo is not None else None
+    if not slug or not owner or sync.catalog.fact(_REGISTERED) == owner:
+        return
+    is_plain = settings.source.backend is Backend.FILESYSTEM
+    await Namespaces(datastore.remote, datastore.keys, newline=is_plain).register(slug, owner)
+    sync.catalog.set_fact(_REGISTERED, owner)
 
 
 def _compose(

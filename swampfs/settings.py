@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -343,3 +344,27 @@ def resolve_source(argument: str | None, env: Mapping[str, str], cwd: Path) -> t
             remedy="pass a source such as s3://bucket/prefix or a repository directory",
         )
     return source_of_repo(found, env), found
+
+
+def write_namespace(repo: Repo, namespace: str | None) -> None:
+    """Set or remove ``datastore.namespace`` in the marker, keeping every other key (data model §8.2, rule 17).
+
+    Raises SettingsError if the file cannot be read or written; then it is as it was.
+    """
+    marker = repo.directory / MARKER
+    document = yaml.safe_load(marker.read_text(encoding="utf-8"))
+    block = document.setdefault("datastore", {"type": "filesystem", "path": ".swamp"})
+    block.pop("namespace", None)
+    if namespace is not None:
+        block["namespace"] = namespace
+    temporary = marker.with_name(f".{uuid.uuid4()}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            yaml.safe_dump(document, file, sort_keys=False, allow_unicode=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, os.stat(marker).st_mode & 0o7777)
+        os.replace(temporary, marker)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SettingsError(f"{marker} cannot be written: {error.strerror}") from None

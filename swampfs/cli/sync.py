@@ -110,7 +110,7 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
     Example: swampfs migrate-index ~/repo
     """
     datastore = open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=Path(os.devnull))
-    provider = _own(datastore, "migrate-index")
+    provider = own_provider(datastore, "migrate-index")
 
     async def migrate() -> dict[str, Any]:
         shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
@@ -260,7 +260,7 @@ def _repo_dir(datastore: OpenDatastore) -> str:
     return str(datastore.repo.directory if datastore.repo is not None else Path.cwd())
 
 
-def _own(datastore: OpenDatastore, what: str) -> ObjectStoreProvider:
+def own_provider(datastore: OpenDatastore, what: str) -> ObjectStoreProvider:
     if not isinstance(datastore.provider, ObjectStoreProvider) or datastore.is_directory:
         raise SyncNotSupportedError(f"{what} is for object stores; {datastore.type} has no index of this kind")
     return datastore.provider

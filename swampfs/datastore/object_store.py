@@ -32,6 +32,7 @@ from swampfs.sync.migrate import ShardWriter
 from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.object_index import ObjectIndex
 from swampfs.sync.remote import Remote
+from swampfs.sync.surgery import Moved, Surgery, move_namespace
 from swampfs.threads import Lane, Threads
 
 T = TypeVar("T")
@@ -162,6 +163,29 @@ class ObjectStoreProvider:
 
     async def list_namespaces(self) -> list[str]:
         return await self._namespaces.list()
+
+    async def namespace_manifests(self) -> list[NamespaceManifest]:
+        """Of all registered namespaces, with their owners."""
+        return await self._namespaces.manifests()
+
+    async def migrate_namespace(self, namespace: str, options: LockOptions, *, reverse: bool, preview: bool) -> Moved:
+        """Move all files from the root into a namespace, or back, while nobody writes either.
+
+        ``preview`` only tells what would be moved, and takes no lock. Raises NamespaceError, LockTimeoutError.
+        """
+        root, named = self._surgery(""), self._surgery(namespace)
+        source, target = (named, root) if reverse else (root, named)
+
+        async def move() -> Moved:
+            return await move_namespace(source, target, preview=preview)
+
+        if preview:
+            return await move()
+        return await self.structurally("", options, lambda: self.structurally(namespace, options, move))
+
+    def _surgery(self, namespace: str) -> Surgery:
+        keys = self._keys._replace(namespace=namespace)
+        return Surgery(self._remote, keys, self._index(keys))
 
     def _index(self, keys: Keyspace) -> RemoteIndex:
         return ListingIndex(self._remote, keys) if self._is_directory else ObjectIndex(self._remote, keys)

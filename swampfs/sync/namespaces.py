@@ -72,6 +72,15 @@ class Namespaces:
             await self._remote.put(key, body, matching(blob.info.etag))
         return manifest
 
+    async def manifests(self) -> list[NamespaceManifest]:
+        """Of all registered namespaces."""
+        found = []
+        for name in await self.list():
+            blob = await self._remote.get(self._keys.key(f"{name}/{NAMESPACE_MANIFEST}"))
+            assert blob is not None
+            found.append(decode_manifest(blob.body, name))
+        return found
+
     async def list(self) -> list[str]:
         """Valid slugs that have a manifest."""
         root = self._keys.data("")
