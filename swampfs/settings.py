@@ -89,6 +89,7 @@ class Repo:
     directory: Path
     repo_id: str | None = None
     datastore: Mapping[str, Any] = field(default_factory=dict)
+    models_dir: str = "models"
 
     @property
     def mountpoint(self) -> Path:
@@ -303,7 +304,10 @@ def read_repo(directory: Path) -> Repo:
     if not isinstance(block, dict):
         raise SettingsError(f"{marker}: datastore must be a mapping", remedy="correct the file")
     repo_id = document.get("repoId")
-    return Repo(directory, repo_id if isinstance(repo_id, str) else None, block)
+    models = document.get("modelsDir")
+    return Repo(
+        directory, repo_id if isinstance(repo_id, str) else None, block, models if isinstance(models, str) else "models"
+    )
 
 
 def find_repo(start: Path) -> Repo | None:

@@ -124,7 +124,7 @@ def run(source: str | None, namespace: str, model: str, command: tuple[str, ...]
     Example: swampfs lock run aws/ec2/vpc/6f1c2a54-77a0-4a57-8f0e-1d1f3b5f9a20 -- ./edit.sh
     """
     datastore = _open(source, namespace)
-    reference = _model(model)
+    reference = model_reference(model)
 
     async def work() -> int:
         env = {**os.environ, "SWAMP_LOCK_HOLDER_PID": str(os.getpid())}
@@ -149,7 +149,7 @@ def _open(source: str | None, namespace: str) -> OpenDatastore:
     return open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=Path("/nonexistent"))
 
 
-def _model(text: str) -> ModelRef:
+def model_reference(text: str) -> ModelRef:
     kind, slash, name = text.rpartition("/")
     if not slash or not kind or not name:
         raise UsageError(f"{text!r} is no model", remedy="write TYPE/ID, such as aws/ec2/vpc/6f1c2a54-…")
@@ -158,5 +158,5 @@ def _model(text: str) -> ModelRef:
 
 def _lock(datastore: OpenDatastore, model: str | None) -> DistributedLock:
     keys = Keyspace("", datastore.namespace)
-    key = keys.global_lock if model is None else keys.model_lock(_model(model))
+    key = keys.global_lock if model is None else keys.model_lock(model_reference(model))
     return datastore.provider.create_lock("", lock_options(datastore)._replace(lock_key=key))

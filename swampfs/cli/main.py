@@ -14,6 +14,7 @@ from swampfs.cli.control import flush, status, umount
 from swampfs.cli.locks import lock
 from swampfs.cli.mount import mount
 from swampfs.cli.namespace import namespace
+from swampfs.cli.structural import delete, gc, prune
 from swampfs.cli.sync import doctor, migrate_index, sync
 from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
 
@@ -70,5 +71,19 @@ def version() -> None:
     click.echo(f"swampfs {__version__}")
 
 
-for command in (mount, umount, status, flush, sync, lock, conflicts, namespace, migrate_index, doctor):
+for command in (
+    mount,
+    umount,
+    status,
+    flush,
+    sync,
+    lock,
+    conflicts,
+    namespace,
+    gc,
+    prune,
+    delete,
+    migrate_index,
+    doctor,
+):
     main.add_command(command)

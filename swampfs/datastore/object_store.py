@@ -173,7 +173,7 @@ class ObjectStoreProvider:
 
         ``preview`` only tells what would be moved, and takes no lock. Raises NamespaceError, LockTimeoutError.
         """
-        root, named = self._surgery(""), self._surgery(namespace)
+        root, named = self.surgery(""), self.surgery(namespace)
         source, target = (named, root) if reverse else (root, named)
 
         async def move() -> Moved:
@@ -183,7 +183,8 @@ class ObjectStoreProvider:
             return await move()
         return await self.structurally("", options, lambda: self.structurally(namespace, options, move))
 
-    def _surgery(self, namespace: str) -> Surgery:
+    def surgery(self, namespace: str) -> Surgery:
+        """The files of a namespace, for structural commands."""
         keys = self._keys._replace(namespace=namespace)
         return Surgery(self._remote, keys, self._index(keys))
 
