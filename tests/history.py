@@ -50,6 +50,7 @@ class Read:
     path: str
     value: str | None
     start: float
+    end: float
 
 
 @dataclass
@@ -79,14 +80,14 @@ class History:
             by_path[event.path].append(event)
         found = []
         for path, events in by_path.items():
-            over = self._superseded(events, Read("", path, final.get(path), FOREVER), 0.0)
+            over = self._superseded(events, Read("", path, final.get(path), FOREVER, FOREVER), 0.0)
             if over is not None:
                 found.append(f"in the end {path} = {final.get(path)}, but {over}")
         return found
 
     def _superseded(self, events: list[Event], read: Read, lag_s: float) -> str | None:
         """Why this value cannot have been there any more; ``None`` if it can."""
-        sources = [event for event in events if event.value == read.value and event.start <= read.start]
+        sources = [event for event in events if event.value == read.value and event.start <= read.end]
         if read.value is None:
             sources.append(Event("", read.path, None, -FOREVER, -FOREVER, -FOREVER))
         if not sources:

@@ -89,7 +89,7 @@ class Client:
     def read(self, path):
         started = time.monotonic()
         value = self.look(path)
-        self.history.reads.append(Read(self.name, path, value, started))
+        self.history.reads.append(Read(self.name, path, value, started, time.monotonic()))
 
     def finish(self, event):
         event.end = time.monotonic()
