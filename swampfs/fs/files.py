@@ -85,7 +85,7 @@ class Files:
     def has_changing(self, lock: str) -> bool:
         """Whether a changed file below a lock is still open for writing."""
         return any(
-            file.writers and file.changed and file.path is not None and lease_path(file.path) == lock
+            file.writers and file.path in self._sync.journal and lease_path(str(file.path)) == lock
             for file in self._open.values()
         )
 

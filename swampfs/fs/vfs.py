@@ -21,12 +21,13 @@ from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
 from swampfs.fs.tree import Tree
 from swampfs.fs.views import VIEW_BASE, Views
-from swampfs.names import RelPath, check_name, is_lock_file, join
+from swampfs.names import RelPath, check_name, is_lock_file, join, lease_path
 from swampfs.records import Node, TreeChange
 from swampfs.state.catalog import ROOT_INO
 from swampfs.sync.service import SyncService
 
 _BATCH = 256
+_MOST_LOCKS = 64  # that one rename may need
 
 
 class FileSystem:
@@ -333,6 +334,8 @@ class FileSystem:
             if node is not None and node.is_dir:
                 below = [file.path for file in self._catalog.files_below(node.path)]
                 paths += [*below, *(RelPath(paths[1] + path[len(node.path) :]) for path in below)]
+            if len({lease_path(path) for path in paths}) > _MOST_LOCKS:
+                raise fail(errno.EXDEV, f"{paths[0]}: it is below too many locks")  # mv(1) copies, a lock at a time
             if self._guard.lets(*paths):
                 return paths
             await self._guard.wait(caller.pid, *paths)
@@ -422,6 +425,8 @@ class FileSystem:
     def _set_orphan_attributes(self, ino: int, change: Change) -> None:
         orphan = self.inodes.orphans[ino]
         descriptor = self.files.descriptor(ino)
+        if change.size is not None and orphan.replaced:
+            raise stale(ino)  # as a write is: the name stands for another machine's version
         where = orphan.content if descriptor is None else descriptor
         if where is not None:
             if change.size is not None:

@@ -11,7 +11,8 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import pyfuse3
@@ -78,13 +79,8 @@ def _naming(fn: F) -> F:
 
     @functools.wraps(fn)
     async def handle(self: Operations, directory: InodeT, *args: Any) -> Any:
-        self.in_use[directory] += 1
-        try:
+        with self.using(directory):
             return await fn(self, directory, *args)
-        finally:
-            self.in_use[directory] -= 1
-            if not self.in_use[directory]:
-                del self.in_use[directory]
 
     return _bounded(cast(F, handle))
 
@@ -102,6 +98,16 @@ class Operations(pyfuse3.Operations):
         self.timeout_s = timeout_s
         self.in_use: Counter[int] = Counter()
         """Directories whose names are being changed."""
+
+    @contextmanager
+    def using(self, directory: int) -> Iterator[None]:
+        self.in_use[directory] += 1
+        try:
+            yield
+        finally:
+            self.in_use[directory] -= 1
+            if not self.in_use[directory]:
+                del self.in_use[directory]
 
     # --- looking ------------------------------------------------------------------------------------------
 
@@ -229,11 +235,8 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EINVAL)
         replace = not flags & pyfuse3.RENAME_NOREPLACE
         old, new = (parent_inode_old, _text(name_old)), (parent_inode_new, _text(name_new))
-        self.in_use[parent_inode_new] += 1
-        try:
+        with self.using(parent_inode_new):
             await self._fs.rename(old, new, _caller(ctx), replace=replace)
-        finally:
-            self.in_use[parent_inode_new] -= 1
 
     @_bounded
     async def setattr(

@@ -137,9 +137,13 @@ class Invalidator:
             self._wake_names = trio.Event()
             batch, self._names = self._names, []
             for change in batch:
-                while self.is_in_use(change.parent):  # noqa: ASYNC110
-                    await trio.sleep(_IN_USE_S)
-                await self._deliver(Lane.NAMES, _forget_name, change)
+                if self.is_in_use(change.parent):
+                    self._names.append(change)
+                else:
+                    await self._deliver(Lane.NAMES, _forget_name, change)
+            if self._names:
+                await trio.sleep(_IN_USE_S)
+                self._wake_names.set()
 
     async def _deliver(self, lane: Lane, fn: Callable[[T], None], what: T) -> None:
         try:

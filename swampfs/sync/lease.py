@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import trio
 
-from swampfs.errors import StoreUnreachableError
+from swampfs.errors import LockTimeoutError, StoreUnreachableError
 from swampfs.names import RelPath
 from swampfs.records import LockInfo
-from swampfs.sync.locks import Lock
+from swampfs.sync.locks import Lock, is_free, wait_until_free
 
 LINGER_S = 1.0
 CROWDED_S = 0.3  # how long a lock that others waited for before is used, then handed on
 LONGEST_S = 5.0  # what is pushed by then is handed on even if more is written
 _STUCK_S = 30.0
+CLOSE_S = 10.0  # for giving back what is ours
 ANSWER_S = 5.0  # a store that says nothing for so long is taken to be out of reach; it is asked again as often
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,36 @@ class Flight:
             "hostname": self.holder.hostname if self.holder else None,
             "pid": self.holder.pid if self.holder else None,
         }
+
+
+async def acquire(
+    lock: Lock, flight: Flight, wait_s: float, *, global_lock: Lock | None, prove: Callable[[Lock], Awaitable[None]]
+) -> None:
+    """Spec §9.4: with a model lock in hand the global one must be free; while it is not, we hold neither.
+
+    Raises LockTimeoutError, StoreError; whatever ends it early gives back what may have been taken.
+    """
+
+    def wait(holder: LockInfo | None) -> None:
+        flight.waits, flight.holder = True, holder
+        flight.tell()
+
+    lock.on_wait = wait
+    while True:
+        try:
+            await lock.acquire(wait_s)
+            await prove(lock)
+            if global_lock is None or await is_free(global_lock):
+                return
+        except LockTimeoutError:
+            raise
+        except BaseException:
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
+                await lock.abandon()  # also if its put was applied and not answered
+            raise
+        await lock.release()
+        wait(await global_lock.inspect())
+        await wait_until_free(global_lock, wait_s)
 
 
 class Reach:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -28,14 +28,15 @@ from swampfs.errors import (
 )
 from swampfs.names import GLOBAL_LOCK_FILE, Keyspace, RelPath, is_model_lock, lease_path
 from swampfs.records import LockInfo
-from swampfs.sync.lease import ANSWER_S, LONGEST_S, Flight, Lease, Reach
-from swampfs.sync.locks import Lock, is_free, lock_timeout, wait_until_free
+from swampfs.sync.lease import ANSWER_S, CLOSE_S, LONGEST_S, Flight, Lease, Reach, acquire
+from swampfs.sync.locks import Lock, lock_timeout
+from swampfs.sync.parallel import for_each
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 _PATIENCE_S = 5.0  # of a push; it is repeated anyway
-_CLOSE_S = 10.0
+_AT_ONCE = 8
 
 
 class Leases:
@@ -46,7 +47,7 @@ class Leases:
         keys: Keyspace,
         *,
         make_lock: Callable[[str], Lock],
-        refresh: Callable[[RelPath], Awaitable[object]],
+        refresh: Callable[[Sequence[RelPath]], Awaitable[object]],
         before_release: Callable[[RelPath], Awaitable[None]],
         prove_exclusive: Callable[[Lock], Awaitable[None]],
         start_soon: Callable[..., Any],
@@ -66,6 +67,7 @@ class Leases:
         self._flights: dict[RelPath, Flight] = {}
         self._leaving: dict[RelPath, trio.Event] = {}
         self._courtesy: dict[RelPath, float] = {}
+        self._left_over: dict[RelPath, Lock] = {}  # the store did not answer when they were given back
         self._wake = trio.Event()
         self.global_gate = trio.Lock()
         """Held by whoever of us works with the global lock."""
@@ -96,7 +98,11 @@ class Leases:
     @contextmanager
     def staying(self, paths: Iterable[str]) -> Iterator[None]:
         """For something done in several steps: the locks that cover ``paths`` now are not given back in between."""
-        names = {lease_path(path) for path in paths}
+        with self._pinning({lease_path(path) for path in paths}):
+            yield
+
+    @contextmanager
+    def _pinning(self, names: Iterable[RelPath]) -> Iterator[None]:
         leases = [lease for name in names if (lease := self._held.get(name)) is not None]
         for lease in leases:
             lease.pins += 1
@@ -120,27 +126,42 @@ class Leases:
         """
         deadline = trio.current_time() + self._wait_s
         borrowed: set[RelPath] = set()
-        with ExitStack() as kept:  # what we have stays until we have all
-            while True:
-                kept.enter_context(self.staying(path for path in paths if self.covers(path)))
-                missing = sorted({lease_path(path) for path in paths if not self.covers(path)} - borrowed)
-                if not missing:
-                    return
-                if trio.current_time() >= deadline:
-                    raise lock_timeout(missing[0], None, self._wait_s)
+        while True:
+            missing = sorted({lease_path(path) for path in paths if not self.covers(path)} - borrowed)
+            if not missing:
+                return
+            if trio.current_time() >= deadline:
+                raise lock_timeout(missing[0], None, self._wait_s)
+            # One after the other in an order all machines share, so that nobody waits for one who waits for him.
+            with ExitStack() as kept:
                 for name in missing:
                     if self.reach.is_lost():
                         return
-                    self._flight(name, self._wait_s)
-                for name in missing:
-                    if not await self._wait_for(name, pid, deadline):
-                        if name not in self.borrowed:
-                            return  # out of reach
+                    if await self._wait_for(name, pid, deadline, refresh=len(missing) == 1):
+                        kept.enter_context(self._pinning([name]))
+                    elif name in self.borrowed:
                         borrowed.add(name)  # another's, on whose behalf we write
+                    else:
+                        return  # out of reach
+                if len(missing) > 1:
+                    await self._refresh_held(set(missing) - borrowed)
+                if all(self.covers(path) or lease_path(path) in borrowed for path in paths):
+                    return
 
-    async def _wait_for(self, name: RelPath, pid: int, deadline: float) -> bool:
+    async def _refresh_held(self, names: Collection[RelPath]) -> None:
+        """One look at the datastore for all of them."""
+        leases = [lease for name in names if (lease := self._held.get(name)) is not None]
+        try:
+            await self._refresh([lease.name for lease in leases])
+        except StoreUnreachableError as error:
+            self.reach.give_up(error)
+            return
+        for lease in leases:
+            lease.fresh = True
+
+    async def _wait_for(self, name: RelPath, pid: int, deadline: float, *, refresh: bool) -> bool:
         """Returns whether the lock may be ours now; ``False`` = go on without it."""
-        flight = self._flight(name, self._wait_s)
+        flight = self._flight(name, self._wait_s, refresh=refresh)
         while not flight.done.is_set():
             if flight.waits and flight.holder is not None and self.is_family(pid, flight.holder):
                 self.borrowed[name] = flight.holder.nonce
@@ -178,14 +199,18 @@ class Leases:
         pinned: list[Lease] = []
         waiting: set[RelPath] = set()
         own: list[Lease] = []
+        deadline = trio.current_time() + _PATIENCE_S + ANSWER_S
         try:
+            for name in names:
+                if name not in self._held and name not in self.borrowed:
+                    self._flight(name, _PATIENCE_S, refresh=False)  # all at once: each may have to be waited for
             for name in sorted(names):
                 lease = self._held.get(name)
                 if lease is None or not lease.lock.is_sure:
                     if name in self.borrowed and await self._still_borrowed(name):
                         continue
                     try:
-                        lease = await self._acquire_for_push(name)
+                        lease = await self._acquire_for_push(name, deadline)
                     except LockTimeoutError:
                         waiting.add(name)
                         continue
@@ -196,14 +221,14 @@ class Leases:
         finally:
             for lease in pinned:
                 lease.pins -= 1
-            with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
                 for lease in own:
                     if not (lease.fresh or lease.user or lease.pins):
                         await self._give_back(lease)
 
-    async def _acquire_for_push(self, name: RelPath) -> Lease:
+    async def _acquire_for_push(self, name: RelPath, deadline: float) -> Lease:
         flight = self._flight(name, _PATIENCE_S, refresh=False)
-        with trio.move_on_after(_PATIENCE_S + ANSWER_S):
+        with trio.move_on_at(deadline):
             await flight.done.wait()
         if flight.error is not None:
             raise flight.error
@@ -268,27 +293,21 @@ class Leases:
                 lease.user, lease.closing = True, False
             else:
                 lock = self._make_lock(self._keys.lock(name))
-                lease = await self._take(name, lock)
+                lease = self._keep(name, lock, user=True) if await lock.take() else None
             if lease is not None:
-                await self._refresh(name)
+                await self._refresh([name])
                 lease.fresh = True
             return lease
         except BaseException:
             if lease is not None and lease.lock is lock:
                 self._drop(name)
-            with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
                 await lock.abandon()
             raise
         finally:
             del self._flights[name]
             flight.done.set()
             flight.tell()
-
-    async def _take(self, name: RelPath, lock: Lock) -> Lease | None:
-        if not await lock.take():
-            return None
-        self._drop(name)  # of somebody whose lock expired
-        return self._keep(name, lock, user=True)
 
     async def untake(self, lease: Lease) -> None:
         """The user removed the file. Raises LeaseLostError if the lock was somebody else's by then, StoreError."""
@@ -345,44 +364,28 @@ class Leases:
         if lease is not None and not lease.user and not lease.lock.is_sure:
             await lease.lock.renew()  # a broken connection, perhaps: nobody need have noticed
             lease.fresh = False
+            if lease.lock.is_sure:
+                self.reach.found()
         if lease is None or not lease.lock.is_sure:
-            self._drop(name)
             lease = self._keep(name, await self._acquire(name, flight, wait_s))
         flight.acquired = True
         flight.tell()
         if refresh:
-            await self._refresh(name)
+            await self._refresh([name])
             lease.fresh, lease.used = True, time.monotonic()
 
     async def _acquire(self, name: RelPath, flight: Flight, wait_s: float) -> Lock:
-        """Spec §9.4: with a model lock in hand the global one must be free; while it is not, we hold neither."""
+        left_over = self._left_over.pop(name, None)
+        if left_over is not None:
+            await left_over.release()  # it could not be given back when it was to: nobody shall wait for that
         lock = self._make_lock(self._keys.lock(name))
-
-        def wait(holder: LockInfo | None) -> None:
-            flight.waits, flight.holder = True, holder
-            flight.tell()
-
-        lock.on_wait = wait
-        while True:
-            try:
-                await lock.acquire(wait_s)
-                await self._prove_exclusive(lock)
-                if not is_model_lock(name) or self.taken_global() is not None:
-                    return lock
-                global_lock = self._make_lock(self._keys.global_lock)
-                if await is_free(global_lock):
-                    return lock
-            except LockTimeoutError:
-                raise
-            except BaseException:
-                with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
-                    await lock.abandon()  # also if its put was applied and not answered
-                raise
-            await lock.release()
-            wait(await global_lock.inspect())
-            await wait_until_free(global_lock, wait_s)
+        beside = is_model_lock(name) and self.taken_global() is None
+        global_lock = self._make_lock(self._keys.global_lock) if beside else None
+        await acquire(lock, flight, wait_s, global_lock=global_lock, prove=self._prove_exclusive)
+        return lock
 
     def _keep(self, name: RelPath, lock: Lock, *, user: bool = False) -> Lease:
+        self._drop(name)  # of somebody whose lock expired
         now = time.monotonic()
         lease = self._held[name] = Lease(name, lock, now, now, user=user)
         self.borrowed.pop(name, None)
@@ -445,9 +448,11 @@ class Leases:
 
     async def _finish(self, lease: Lease, gone: trio.Event) -> None:
         try:
-            with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
                 await self._tell_next(lease)
                 await lease.lock.release()
+            if lease.lock.held:
+                self._left_over[lease.name] = lease.lock
         except Exception:  # a background task that fails takes the mount down
             log.exception("giving back %s failed", lease.name)
         finally:
@@ -469,18 +474,19 @@ class Leases:
 
     async def give_back_idle(self) -> None:
         """Everything is pushed and nobody writes: do not linger."""
-        for lease in list(self._held.values()):
-            idle = not (lease.user or lease.pins or lease.name in self._flights or self.is_pending(lease.name))
-            if idle:
-                await self._give_back(lease)
+        idle = [
+            lease
+            for lease in self._held.values()
+            if not (lease.user or lease.pins or lease.name in self._flights or self.is_pending(lease.name))
+        ]
+        await for_each(idle, self._give_back, at_once=_AT_ONCE)
 
     async def close(self) -> None:
         """Give back every lock of our own; a user's stays, for the user may go on after us."""
         self._is_closed = True
-        with trio.move_on_after(_CLOSE_S):
-            for lease in list(self._held.values()):
-                if not lease.user:
-                    await self._give_back(lease)
+        with trio.move_on_after(CLOSE_S):
+            ours = [lease for lease in self._held.values() if not lease.user]
+            await for_each(ours, self._give_back, at_once=_AT_ONCE)
             for gone in list(self._leaving.values()):
                 await gone.wait()
 

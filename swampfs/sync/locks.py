@@ -188,6 +188,9 @@ class Lock:
             if self._nonce is None:
                 raise LeaseLostError(f"the lock {self.key} was lost to another machine")
             self.content = content
+            record = decode_lock(content) if content is not None else None
+            if record is not None:
+                self._ttl_ms = record.ttl_ms
             await self._put_over(self._body(self._nonce))
 
     async def _put_over(self, body: bytes) -> None:
@@ -234,12 +237,17 @@ class Lock:
             if nonce is None:
                 return False
             self.writes += 1
+            try:
+                gone = await self.break_version(self._etag)
+                if not gone:
+                    found = await self.look()  # the last renewal may have been applied without our knowing
+                    if found is not None and self._is_ours(nonce, found[0], found[1]):
+                        gone = await self.break_version(found[2].etag)
+            except StoreError:
+                self._nonce = nonce  # it may be there still: to be tried again, if need be by the next process
+                raise
             self._note(self.key, None)
-            if await self.break_version(self._etag):
-                return True
-            found = await self.look()  # the last renewal may have been applied without our knowing
-            ours = found is not None and self._is_ours(nonce, found[0], found[1])
-            return ours and found is not None and await self.break_version(found[2].etag)
+            return gone
 
     @property
     def is_busy(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Container, Sequence
+from functools import partial
 from typing import Any
 
 from swampfs.errors import StoreError
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 MakeLock = Callable[[str, Callable[[str, str | None], None]], Lock]
 """Makes the lock of a key; the second argument is told what is about to be held, and what no longer is."""
 
+_AT_ONCE = 8
 _PROVEN = "preconditions_proven"
 _EXCLUSIVE_PROVEN = "exclusive_create_proven"
 
@@ -108,15 +110,17 @@ class SyncService:
             await prove_exclusive_create(self.remote, lock)
             self.catalog.set_fact(_EXCLUSIVE_PROVEN, timestamp(time.time_ns()))
 
-    async def _refresh_under(self, name: RelPath) -> None:
-        """With a lock in hand: see everything that was done under it so far."""
+    async def _refresh_under(self, names: Sequence[RelPath]) -> None:
+        """With locks in hand: see everything that was done under them so far."""
         shown: list[TreeChange] = []
 
-        async def directories() -> None:
+        async def directories(name: RelPath) -> None:
             shown.extend(await self._reservations.load(name))
 
+        looks: list[Callable[[], Awaitable[object]]] = [self.pull_changed]
+        looks += [partial(directories, name) for name in names]
         try:
-            errors = await for_each([self.pull_changed, directories], lambda fn: fn(), at_once=2)
+            errors = await for_each(looks, lambda look: look(), at_once=_AT_ONCE)
         finally:
             self._announce(shown)
         if errors:

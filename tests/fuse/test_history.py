@@ -67,7 +67,7 @@ class Client:
         try:
             work(path)
         except OSError as error:
-            name = errno.errorcode[error.errno or 0]
+            name = f"{work.__name__} {errno.errorcode.get(error.errno or 0, '?')}"
             self.failures[name] = self.failures.get(name, 0) + 1
             if error.errno == errno.ENOTCONN:
                 time.sleep(0.1)

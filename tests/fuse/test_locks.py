@@ -429,3 +429,81 @@ def test_the_lock_of_a_dead_maker_is_given_up_after_its_ttl(bucket, fleet):
     assert (a.path / LOCK).exists()  # this maker lives
     (a.path / LOCK).unlink()
     a.umount()
+
+
+def test_an_idle_file_that_was_made_and_is_still_open_keeps_no_other_writer_out(bucket, fleet):
+    """``longjob > out.log &``: its lock cannot be handed on, but everybody here goes on writing under it."""
+    load_shards(bucket, FILES)
+    a = fleet.machine("a", bucket.env, options=("--refresh", "300ms", "--push-delay", "100ms", "--timeout", "5s"))
+    a.mount(bucket.url)
+    with open(a.path / MODEL / "out.txt", "w"):
+        started = time.monotonic()
+        while time.monotonic() - started < 7:
+            before = time.monotonic()
+            (a.path / MODEL / "other.txt").write_text("x")
+            assert time.monotonic() - before < 1
+            time.sleep(0.3)
+    a.umount()
+
+
+def test_two_renames_that_need_each_others_locks_both_succeed(two):
+    a, b = two
+    for machine, name in ((a, "x"), (b, "y")):
+        (machine.path / f"files/{name}").mkdir(parents=True)
+        (machine.path / f"files/{name}/own").write_text(machine.name)
+        machine.flush()
+    wait_for(lambda: (a.path / "files/y/own").exists() and (b.path / "files/x/own").exists(), "both are seen")
+    (a.path / "files/x/f").write_text("a")
+    (b.path / "files/y/f").write_text("b")
+    failures = []
+
+    def move(machine, source, target):
+        try:
+            os.rename(machine.path / source, machine.path / target)
+        except OSError as error:
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=move, args=(a, "files/x/f", "files/y/from-a")),
+        threading.Thread(target=move, args=(b, "files/y/f", "files/x/from-b")),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    a.flush()
+    b.flush()
+    wait_for(lambda: (b.path / "files/y/from-a").read_text() == "a", "and are published")
+    assert (a.path / "files/x/from-b").read_text() == "b"
+
+
+def test_a_directory_of_many_models_moves_by_one_lock_after_the_other(two):
+    a, b = two
+    for number in range(70):
+        directory = a.path / f"data/many/m-{number}/n/1"
+        directory.mkdir(parents=True)
+        (directory / "raw").write_text(str(number))
+    with pytest.raises(OSError) as refused:
+        os.rename(a.path / "data/many", a.path / "data/moved")
+    assert refused.value.errno == errno.EXDEV
+    subprocess.run(["mv", str(a.path / "data/many"), str(a.path / "data/moved")], check=True, timeout=60)
+    a.flush()
+    wait_for(lambda: len(list((b.path / "data/moved").glob("*/n/1/raw"))) == 70, "the other machine sees it")
+    assert not (b.path / "data/many").exists()
+
+
+def test_a_moved_file_does_not_keep_the_kernel_from_hearing_of_changes(two):
+    a, b = two
+    for name in ("p", "q"):
+        (a.path / f"files/{name}").mkdir(parents=True)
+    (a.path / "files/p/x").write_text("x")
+    (a.path / "files/q/f").write_text("old")
+    os.rename(a.path / "files/p/x", a.path / "files/q/x")
+    a.flush()
+    wait_for(lambda: (b.path / "files/q/f").exists(), "it is seen")
+    with open(a.path / "files/q/f") as held_open:
+        (b.path / "files/q/f").write_text("new and longer")
+        b.flush()
+        wait_for(lambda: (a.path / "files/q/f").stat().st_size == len("new and longer"), "stat sees it", 5)
+        assert held_open.read() == "old"
