@@ -76,7 +76,6 @@ class Leases:
         self.is_written: Callable[[str], bool] = lambda name: False
         """Whether a changed file under a lock is still open."""
         self.hurry: Callable[[str], None] = lambda name: None
-        """Push what is pending under a lock without its delay."""
         self.is_family: Callable[[int, LockInfo], bool] = lambda pid, holder: False
         """Whether a process works on behalf of a lock's holder (``SWAMP_LOCK_HOLDER_PID``)."""
         self.longest_s = LONGEST_S
@@ -116,9 +115,7 @@ class Leases:
         """Return when this mount holds the locks of ``paths`` and has seen the latest state below them.
 
         Also returns, without them, if the datastore is out of reach and changes are queued (architecture §5, rule 2).
-
-        Args:
-            pid: the process that wants to write; it may be a child of the lock's holder.
+        ``pid`` is the process that wants to write; it may be a child of the lock's holder.
 
         Raises:
             LockTimeoutError: somebody else holds one, named.
@@ -198,7 +195,6 @@ class Leases:
         """
         pinned: list[Lease] = []
         waiting: set[RelPath] = set()
-        own: list[Lease] = []
         deadline = trio.current_time() + _PATIENCE_S + ANSWER_S
         try:
             for name in names:
@@ -214,7 +210,6 @@ class Leases:
                     except LockTimeoutError:
                         waiting.add(name)
                         continue
-                    own.append(lease)
                 lease.pins += 1
                 pinned.append(lease)
             yield [lease.lock for lease in pinned], waiting
@@ -222,9 +217,16 @@ class Leases:
             for lease in pinned:
                 lease.pins -= 1
             with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
-                for lease in own:
-                    if not (lease.fresh or lease.user or lease.pins):
-                        await self._give_back(lease)
+                await self._give_back_after_push(names)
+
+    async def _give_back_after_push(self, names: Iterable[RelPath]) -> None:
+        """What was acquired for a push and has no writer."""
+        for name in names:
+            if name in self._flights:
+                await self._flights[name].done.wait()
+            lease = self._held.get(name)
+            if lease is not None and not (lease.fresh or lease.user or lease.pins):
+                await self._give_back(lease)
 
     async def _acquire_for_push(self, name: RelPath, deadline: float) -> Lease:
         flight = self._flight(name, _PATIENCE_S, refresh=False)

@@ -149,6 +149,12 @@ class Client:
             return
         for event in events:
             self.finish(event)
+        # Another machine may have changed the source between the look and the rename: then that is what was moved.
+        moved = self.look(target)
+        if moved not in (value, None):
+            again = self.event(target, moved)
+            again.start = events[0].start
+            self.finish(again)
 
     def flush(self, _path):
         """Publish; what became no conflict is established."""
