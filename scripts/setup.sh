@@ -61,6 +61,8 @@ install_project() { # extras, "core" for none
 
 setup() { # extras
     need_packages fuse3 libfuse3-dev pkg-config gcc
+    # Tests give machines wrong clocks and networks of their own.
+    [ "${1:-}" != dev ] || need_packages faketime iproute2
     need_python
     [ -e /dev/fuse ] || as_root modprobe fuse 2>/dev/null || true
     [ -e /dev/fuse ] || die "there is no /dev/fuse: load the kernel's fuse module, or give the container the device"

@@ -24,6 +24,7 @@ WORKER = str(Path(__file__).with_name("worker.py"))
 
 pytestmark = [
     pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed (apt-get install faketime)"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
     pytest.mark.timeout(3600 if FULL else 240),
 ]
 
