@@ -217,7 +217,7 @@ class Leases:
             for lease in pinned:
                 lease.pins -= 1
             with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
-                await self._give_back_after_push(names)
+                await self._give_back_after_push(name for name in names if name not in waiting)
 
     async def _give_back_after_push(self, names: Iterable[RelPath]) -> None:
         """What was acquired for a push and has no writer."""
