@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import uuid
 from pathlib import Path
@@ -89,7 +90,10 @@ def _put_in_place(target: Path, content: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid.uuid4()}.tmp")
     try:
-        temporary.write_bytes(Path(content).read_bytes())
+        with open(content, "rb") as kept, open(temporary, "xb") as file:
+            shutil.copyfileobj(kept, file)
+            file.flush()
+            os.fsync(file.fileno())  # the kept copy is dropped next
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -51,6 +51,8 @@ class Reservations:
             blob = None
         self._versions[name] = blob.info.etag if blob is not None else ""
         listed = _decode(blob.body, name) if blob is not None else []
+        if listed is None:
+            return []  # unreadable is not empty
         known = self._known(name)
         changes: list[TreeChange] = []
         with self._catalog.transaction():
@@ -118,8 +120,8 @@ class Reservations:
         return changes
 
 
-def _decode(body: bytes, name: RelPath) -> list[RelPath]:
-    """Only what may stand there: a foreign name would be made a directory of this machine."""
+def _decode(body: bytes, name: RelPath) -> list[RelPath] | None:
+    """Only what may stand there: a foreign name would be made a directory of this machine. ``None``: not readable."""
     found = []
     try:
         raw: Any = msgspec.json.decode(body)
@@ -129,4 +131,5 @@ def _decode(body: bytes, name: RelPath) -> list[RelPath]:
                 found.append(path)
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError, SwampfsError) as error:
         log.info("the record of empty directories of %s is not readable: %s", name, error)
+        return None
     return found

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from swampfs.errors import AbsentError, IntegrityError, NamespaceError, PreconditionError
+from swampfs.errors import IndexCorruptError, IntegrityError, NamespaceError, PreconditionError
 from swampfs.names import SYNCED_DIRECTORIES, Keyspace, RelPath, is_publishable
 from swampfs.provider import ABSENT, RemoteIndex
 from swampfs.records import IndexEntry, Watermark
@@ -22,6 +22,7 @@ from swampfs.threads import Lane
 
 _AT_ONCE = 16
 _NAMED = 5
+_UNREAD = frozenset({"index-shard", "index-entry"})  # findings that hide files which may exist
 
 
 class Surgery:
@@ -33,8 +34,14 @@ class Surgery:
         self._index = index
 
     async def entries(self) -> dict[RelPath, IndexEntry]:
-        """Every file of swamp's own directories, as the index names it."""
+        """Every file of swamp's own directories, as the index names it.
+
+        Raises IndexCorruptError if part of the index cannot be read: what it does not name would be taken to be gone.
+        """
         delta = await self._index.poll(Watermark(), {})
+        unread = [finding for finding in delta.findings if finding.kind in _UNREAD] if delta is not None else []
+        if unread:
+            raise IndexCorruptError(f"{unread[0].path}: {unread[0].detail}")
         found = {}
         for partition in delta.changed.values() if delta is not None else ():
             for entry in partition.entries:
@@ -62,6 +69,17 @@ class Surgery:
         errors = await for_each(deletes, delete, at_once=_AT_ONCE)
         if errors:
             raise errors[0]
+
+    async def hash_of(self, path: RelPath) -> str:
+        """SHA-256 of an object's bytes as they are. Raises AbsentError."""
+        with tempfile.TemporaryDirectory(prefix="swampfs-") as directory:
+            staged = os.path.join(directory, "content")
+
+            def fetch() -> str:
+                self.remote.store.download(self.keys.data(path), staged)
+                return hash_file(staged)
+
+            return await self.remote.threads.read(Lane.HYDRATE, fetch)
 
     async def take_over(self, entry: IndexEntry, source: Surgery) -> IndexEntry:
         """Copy another namespace's object here; returns its entry. Raises IntegrityError, PreconditionError."""
@@ -102,7 +120,17 @@ async def move_namespace(source: Surgery, target: Surgery, *, preview: bool) -> 
         NamespaceError: the target has other content under the same names; nothing was changed.
     """
     moving, there = await source.entries(), await target.entries()
-    differing = sorted(path for path in moving.keys() & there.keys() if not moving[path].same_content(there[path]))
+    differing: list[RelPath] = []
+
+    async def compare(path: RelPath) -> None:
+        ours, theirs = moving[path].sha256, there[path].sha256
+        if (ours or await source.hash_of(path)) != (theirs or await target.hash_of(path)):  # times prove nothing
+            differing.append(path)
+
+    errors = await for_each(moving.keys() & there.keys(), compare, at_once=_AT_ONCE)
+    if errors:
+        raise errors[0]
+    differing.sort()
     if differing:
         more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
         raise NamespaceError(
@@ -118,16 +146,15 @@ async def move_namespace(source: Surgery, target: Surgery, *, preview: bool) -> 
         try:
             placed.append(await target.take_over(entry, source))
         except PreconditionError:  # of a move that was interrupted before its commit: is it the same?
-            info = await target.remote.head(target.keys.data(entry.path))
-            if info.size != entry.size:
-                raise NamespaceError(f"{info.key} exists, with other content", remedy="see whose it is") from None
-            await target.remote.delete(info.key)
-            placed.append(await target.take_over(entry, source))
+            sha256 = entry.sha256 or await source.hash_of(entry.path)
+            if await target.hash_of(entry.path) != sha256:
+                key = target.keys.data(entry.path)
+                raise NamespaceError(f"{key} exists, with other content", remedy="see whose it is") from None
+            placed.append(entry._replace(sha256=sha256))
 
     errors = await for_each([e for p, e in moving.items() if p not in there], place, at_once=_AT_ONCE)
-    absent = [error for error in errors if isinstance(error, AbsentError)]
     if errors:
-        raise (absent or errors)[0]
+        raise errors[0]
     await target.commit(placed, [])
     await source.commit([], list(moving))
     return moved

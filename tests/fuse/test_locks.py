@@ -71,6 +71,23 @@ def take(path, body=b""):
     os.close(fd)
 
 
+def taken(path):
+    """Whether it could be taken just now."""
+    try:
+        take(path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def waiting(machine, seen):
+    """Whether ``status`` shows a writer that waits; what it shows goes to ``seen``."""
+    locks = [lock for lock in machine.status()["locks"] if lock["state"] == "waiting"]
+    if locks:
+        seen.append(locks)
+    return bool(locks)
+
+
 def test_a_lock_file_is_held_everywhere_from_its_creation_to_its_removal(two, bucket):
     a, b = two
     body = record(host=socket.gethostname(), pid=os.getpid())
@@ -182,8 +199,7 @@ def test_a_lock_of_another_machine_looks_alive_to_swamp_here_until_it_is_stale(t
     assert time.time() - time.mktime(time.strptime(shown["acquiredAt"], "%Y-%m-%dT%H:%M:%S.%fZ")) + time.timezone < 30
     bucket.put(LOCK, record("n-2", pid=dead, age_s=-1200, ttl_ms=1000))  # from the future, and it does not move
     assert (a.path / LOCK).exists()
-    time.sleep(1.2)
-    assert not (a.path / LOCK).exists()  # nobody keeps it alive: nobody has it
+    wait_for(lambda: not (a.path / LOCK).exists(), "nobody keeps it alive: nobody has it")
 
 
 def test_a_stale_lock_gives_way_to_a_new_one(two, bucket):
@@ -191,8 +207,7 @@ def test_a_stale_lock_gives_way_to_a_new_one(two, bucket):
     bucket.put(LOCK, record(ttl_ms=700))
     with pytest.raises(FileExistsError):
         take(a.path / LOCK)
-    time.sleep(0.9)
-    take(a.path / LOCK)
+    wait_for(lambda: taken(a.path / LOCK), "the stale one gives way")
     assert json.loads(bucket.get(LOCK))["hostname"] == socket.gethostname()
     (a.path / LOCK).unlink()
 
@@ -265,7 +280,7 @@ def test_a_writer_that_waited_too_long_gets_ebusy_and_the_holder_is_named(bucket
     a.mount(bucket.url)
     bucket.put(LOCK, record())
     seen = []
-    watcher = threading.Thread(target=lambda: (time.sleep(0.8), seen.append(a.status()["locks"])))
+    watcher = threading.Thread(target=lambda: wait_for(lambda: waiting(a, seen), "status names the holder"))
     watcher.start()
     started = time.monotonic()
     with pytest.raises(OSError) as refused:
@@ -348,11 +363,9 @@ def test_a_write_under_a_lock_that_was_lost_is_never_published_over_its_successo
     raw = f"{MODEL}/n/1/raw"
     take(a.path / LOCK, record(ttl_ms=1000))
     (a.path / raw).read_bytes()
-    time.sleep(1.3)  # a paused holder: its lock has expired
     with pytest.raises(FileExistsError):
-        take(b.path / LOCK)  # from here on B sees that it does not move
-    time.sleep(1.3)
-    take(b.path / LOCK)
+        take(b.path / LOCK)  # from here on B sees that it does not move: its holder is paused
+    wait_for(lambda: taken(b.path / LOCK), "it has expired")
     (b.path / raw).write_text("successor")
     with pytest.raises(OSError):
         (a.path / LOCK).write_bytes(record())  # its heartbeat
@@ -423,10 +436,12 @@ def test_the_lock_of_a_dead_maker_is_given_up_after_its_ttl(bucket, fleet):
     subprocess.run(["sh", "-c", f"set -C; : > {a.path / LOCK}"], check=True)
     with pytest.raises(FileExistsError):
         take(a.path / LOCK)
-    time.sleep(1.5)
-    take(a.path / LOCK)
-    time.sleep(1.5)
-    assert (a.path / LOCK).exists()  # this maker lives
+    wait_for(lambda: taken(a.path / LOCK), "its maker is dead")
+    first = bucket.get(LOCK)
+    renewed = []
+    wait_for(lambda: renewed or (bucket.get(LOCK) != first and renewed.append(bucket.get(LOCK))), "this maker lives")
+    wait_for(lambda: bucket.get(LOCK) not in (first, renewed[0]), "it is renewed again and again")
+    assert (a.path / LOCK).exists()
     (a.path / LOCK).unlink()
     a.umount()
 

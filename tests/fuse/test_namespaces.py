@@ -141,3 +141,12 @@ def test_a_directory_datastore_has_namespaces_too(shell, home, store_dir):
     assert tree(store_dir).keys() == {f"infra/{rel}" for rel, _ in FILES}
     answer(shell, "set", "infra", "--source", str(repo))
     assert [one["namespace"] for one in answer(shell, "list", "--source", str(repo))["namespaces"]] == ["infra"]
+
+
+def test_an_object_of_the_same_size_in_the_way_of_a_move_is_not_removed(shell, home, bucket):
+    load_shards(bucket, FILES)
+    repo = make_repo(home, bucket, "repo", "infra")
+    bucket.put(f"infra/{MODEL}/n/1/raw", b"eno")  # uploaded by somebody, in no index yet
+    refused = shell.run("namespace", "migrate", "-y", "--source", str(repo), check=False)
+    assert refused.returncode == 1 and "with other content" in refused.stderr
+    assert bucket.get(f"infra/{MODEL}/n/1/raw") == b"eno" and bucket.get(f"{MODEL}/n/1/raw") == b"one"

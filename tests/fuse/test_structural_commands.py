@@ -145,3 +145,17 @@ def test_structural_commands_wait_for_writers_and_mounts_see_what_they_did(shell
     assert (one / "3/raw").read_text() == "being edited"
     shell.umount()
     assert check_bucket(bucket)[f"data/{TYPE}/{LIVE}/one/3/raw"] == b"being edited"
+
+
+def test_what_an_unreadable_shard_hides_is_not_taken_to_be_gone(shell, bucket):
+    """The run record is there, its shard cannot be read: its data must not count as outlived."""
+    owner = {"workflowId": "w", "workflowRunId": "here"}
+    load_shards(
+        bucket,
+        [*files(LIVE, "owned", 1, lifetime="workflow", owner=owner), ("workflow-runs/w/workflow-run-here.yaml", b"x")],
+    )
+    bucket.put("_index/workflow-runs--w.json", b"{not json")
+    keys = bucket.keys()
+    refused = shell.run("gc", "-y", "--source", bucket.url, check=False)
+    assert refused.returncode != 0 and "workflow-runs--w" in refused.stderr
+    assert bucket.keys() == keys
