@@ -146,6 +146,7 @@ def test_a_directory_datastore_has_namespaces_too(shell, home, store_dir):
 def test_an_object_of_the_same_size_in_the_way_of_a_move_is_not_removed(shell, home, bucket):
     load_shards(bucket, FILES)
     repo = make_repo(home, bucket, "repo", "infra")
+    bucket.put("infra/_index/_meta.json", b'{"version":2,"partitions":[],"commitSeq":1}')
     bucket.put(f"infra/{MODEL}/n/1/raw", b"eno")  # uploaded by somebody, in no index yet
     refused = shell.run("namespace", "migrate", "-y", "--source", str(repo), check=False)
     assert refused.returncode == 1 and "with other content" in refused.stderr
