@@ -93,11 +93,13 @@ class History:
         if not sources:
             return "nobody had written that"
         known = [event for event in events if self._is_due(event, read, lag_s)]
+        removals = [event for event in events if event.value is None]
+        over = None
         for source in sources:
-            if not any(_overrides(event, source) for event in known):
+            over = next((event for event in known if _overrides(event, source, removals)), None)
+            if over is None:
                 return None
-        last = max(known, key=lambda event: event.start)
-        return f"{last}"
+        return f"{over} came after {sources[-1]}"
 
     def _is_due(self, event: Event, read: Read, lag_s: float) -> bool:
         """Whether the reader must know of an event: it is established, and nothing kept the reader from hearing."""
@@ -107,9 +109,14 @@ class History:
         return not any(begin < window[1] and window[0] < end for begin, end in self.faulty[read.machine])
 
 
-def _overrides(event: Event, source: Event) -> bool:
-    """Whether an established event excludes that an earlier one is still, or again, the register's value."""
+def _overrides(event: Event, source: Event, removals: list[Event]) -> bool:
+    """Whether an established event excludes that an earlier one is still, or again, the register's value.
+
+    What was not published yet when the file was removed comes back on purpose: content wins over absence. So it does
+    where the removed file had got another value meanwhile.
+    """
     if event is source or event.start <= source.end:
         return False
-    # What was not published yet when the file was removed comes back on purpose: content wins over absence.
-    return event.value is not None or source.pushed < event.start
+    if event.value is None:
+        return source.pushed < event.start
+    return not any(event.start < removal.end and removal.start <= source.pushed for removal in removals)

@@ -47,6 +47,7 @@ class Client:
         self.failures = {}
         self.torn = []
         self.unpushed = []
+        self.told = set()  # conflicts of earlier flushes
         self.at_work = threading.Lock()  # nobody works while the mount is down
 
     @property
@@ -158,7 +159,7 @@ class Client:
 
     def flush(self, _path):
         """Publish; what became no conflict is established."""
-        kept, waiting = self.kept(), self.unpushed
+        waiting = self.unpushed
         try:
             found = registry.find(self.machine.environment(), self.machine.mountpoint)
             answer = registry.request(found, {"cmd": "flush", "timeout": 4.0}, 8.0)
@@ -168,8 +169,9 @@ class Client:
             return
         now = time.monotonic()
         self.unpushed = []
-        conflicts = self.kept() - kept
-        lost = {json.loads(Path(name, "report.json").read_text())["path"] for name in conflicts}
+        conflicts = self.kept()
+        lost = {json.loads(Path(name, "report.json").read_text())["path"] for name in conflicts - self.told}
+        self.told = conflicts
         for event in waiting:
             if event.path not in lost:
                 event.pushed = now

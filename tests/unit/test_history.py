@@ -40,6 +40,15 @@ def test_a_removed_file_that_comes_back_is_found_unless_its_content_was_not_publ
     assert history(late, removed).lost({"f": "v1"}) == []
 
 
+def test_what_was_not_published_when_a_file_was_removed_comes_back_also_over_the_removed_value():
+    late = Event("a", "f", "v1", 1, 2, pushed=10)
+    removed = Event("c", "f", None, 7, 8, pushed=9)
+    assert history(late, SECOND, removed).lost({"f": "v1"}) == []
+    assert len(history(late, SECOND).lost({"f": "v1"})) == 1, "a value is no absence"
+    assert len(history(FIRST, SECOND, removed).lost({"f": "v1"})) == 1, "it was published before"
+    assert len(history(late, removed, Event("b", "f", "v2", 11, 12, pushed=13)).lost({"f": "v1"})) == 1, "newer"
+
+
 def test_a_stale_read_is_found_once_the_news_must_have_arrived():
     def at(start, value="v1"):
         return history(FIRST, SECOND, reads=[Read("a", "f", value, start, start + 0.1)]).violations(lag_s=2)
