@@ -1,6 +1,6 @@
 """The ports: what the engine asks of a store, and what a datastore offers its users.
 
-Narrow on purpose — seven calls make a backend (``design/architecture.md`` §2). Implementations of
+Narrow on purpose — eight calls make a backend (``design/architecture.md`` §2). Implementations of
 :class:`ObjectStore` are blocking and thread-safe and raise only :mod:`swampfs.errors`.
 """
 
@@ -79,6 +79,12 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every key that starts with ``prefix``, to the last page, keys ascending."""
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        """Next segments of keys that go on below them: ``a`` for ``{prefix}a/b``. A prefix is empty or ends in ``/``.
+
+        Ascending, and without reading what is below them if the store can.
+        """
 
     def verify(self) -> None:
         """Raise the error that explains why the store cannot be used, if it cannot."""

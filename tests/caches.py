@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class Recorder:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         self.log.append(("list", prefix))
         return self._inner.list(prefix)
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        self.log.append(("list", prefix))
+        return self._inner.directories(prefix)
 
     def verify(self) -> None:
         self.log.append(("verify", ""))

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, TypeVar
 
 from swampfs.errors import (
@@ -119,6 +119,10 @@ class FilesystemStore:
         start = prefix.rpartition("/")[0]
         yield from self._call("list", prefix, lambda: sorted(self._walk(start, prefix)))
 
+    def directories(self, prefix: str) -> Sequence[str]:
+        where = self._path(prefix.rstrip("/"))
+        return self._call("list", prefix, lambda: sorted(_directories(where)))
+
     def verify(self) -> None:
         if not os.path.isdir(self._root):
             raise BucketMissingError(
@@ -199,3 +203,9 @@ class FilesystemStore:
 def _info(key: str, found: os.stat_result) -> ObjectInfo:
     etag = f"{found.st_ino:x}-{found.st_size:x}-{found.st_mtime_ns:x}"
     return ObjectInfo(key, found.st_size, etag, timestamp(found.st_mtime_ns))
+
+
+def _directories(path: str) -> Iterator[str]:
+    """Empty ones too: whoever looks into one finds nothing."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+        yield from (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -137,6 +137,14 @@ class GcsStore:
             if page is None:
                 return
             yield from map(_info, page)
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        fields = "prefixes,nextPageToken"
+        listing = self._client.list_blobs(self._bucket, prefix=prefix, delimiter="/", fields=fields, **self._once)
+        pages = iter(listing.pages)
+        while self._call("list", prefix, functools.partial(next, pages, None)) is not None:
+            pass
+        return sorted(found[len(prefix) : -1] for found in listing.prefixes)
 
     def verify(self) -> None:
         self._call("head bucket", "", lambda: self._bucket.reload(**self._once))

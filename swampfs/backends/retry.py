@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
@@ -84,6 +84,9 @@ class RetryingStore:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return iter(self._call(lambda: list(self._inner.list(prefix))))
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        return self._call(lambda: self._inner.directories(prefix))
 
     def verify(self) -> None:
         self._call(self._inner.verify)

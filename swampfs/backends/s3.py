@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -206,6 +206,21 @@ class S3Store:
         page: dict[str, Any] = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **more)
         return page
 
+    def directories(self, prefix: str) -> Sequence[str]:
+        query = {"list-type": "2", "prefix": prefix, "delimiter": "/", "encoding-type": "url"}
+        found: tuple[str, ...] = ()
+        while (answer := self._wired("list", "", lambda wire: wire.list_page(query))) is not None:
+            names, token = parse_directories(answer.body, prefix)
+            found += names
+            if not token:
+                return found
+            query["continuation-token"] = token
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=prefix, Delimiter="/"
+        )
+        answers = self._call("list", prefix, lambda: tuple(pages))
+        return [item["Prefix"][len(prefix) : -1] for page in answers for item in page.get("CommonPrefixes", ())]
+
     def verify(self) -> None:
         if self._wired("head bucket", "", lambda wire: wire.head_bucket()) is None:
             self._call("head bucket", "", lambda: self._client.head_bucket(Bucket=self._bucket))
@@ -341,6 +356,7 @@ def _kind(status: int, code: str, detail: str, *, has_key: bool) -> type[StoreEr
     return kind
 
 
+_COMMON = re.compile(r"<CommonPrefixes>\s*<Prefix>([^<]*)</Prefix>\s*</CommonPrefixes>")
 _CONTENTS = re.compile(r"<Contents>(.*?)</Contents>", re.DOTALL)
 _ELEMENT = re.compile(r"<(Key|LastModified|ETag|Size|NextContinuationToken)>([^<]*)</")
 
@@ -357,6 +373,14 @@ def parse_listing(body: bytes) -> tuple[list[ObjectInfo], str]:
         infos.append(ObjectInfo(key, int(found["Size"]), etag, _timestamp(modified)))
     rest = dict(_ELEMENT.findall(_CONTENTS.sub("", text)))
     return infos, unescape(rest.get("NextContinuationToken", ""))
+
+
+def parse_directories(body: bytes, prefix: str) -> tuple[tuple[str, ...], str]:
+    """What one page of ``ListObjectsV2`` with a delimiter has below a prefix, and the token of the next."""
+    text = body.decode("utf-8")
+    names = tuple(unquote_plus(unescape(name))[len(prefix) : -1] for name in _COMMON.findall(text))
+    rest = dict(_ELEMENT.findall(_CONTENTS.sub("", text)))
+    return names, unescape(rest.get("NextContinuationToken", ""))
 
 
 def _sign_in() -> str:

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from swampfs.errors import SwampfsError
@@ -71,6 +71,9 @@ class TracingStore:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Counted once per listing, however many pages it has."""
         yield from self._traced("list", prefix, lambda: list(self._inner.list(prefix)))
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        return self._traced("list", prefix, lambda: self._inner.directories(prefix))
 
     def verify(self) -> None:
         self._traced("verify", "", self._inner.verify)

@@ -9,11 +9,14 @@ from typing import Any
 
 import msgspec
 
-from swampfs.errors import NamespaceError, PreconditionError, SettingsError
+from swampfs.errors import AbsentError, NamespaceError, PreconditionError, SettingsError
 from swampfs.names import NAMESPACE_MANIFEST, SYNCED_DIRECTORIES, Keyspace, check_namespace
 from swampfs.provider import ABSENT, NamespaceManifest, matching
 from swampfs.records import timestamp
+from swampfs.sync.parallel import for_each
 from swampfs.sync.remote import Remote
+
+_AT_ONCE = 8
 
 
 def encode_manifest(manifest: NamespaceManifest) -> bytes:
@@ -82,14 +85,21 @@ class Namespaces:
         return found
 
     async def list(self) -> list[str]:
-        """Valid slugs that have a manifest."""
-        root = self._keys.data("")
-        found = []
-        for info in await self._remote.list(root):
-            name, slash, rest = info.key[len(root) :].partition("/")
-            if slash and rest == NAMESPACE_MANIFEST and _is_slug(name):
-                found.append(name)
-        return found
+        """Valid slugs that have a manifest, ascending. One listing of the root, and a look at each that may be one."""
+        names = [name for name in await self._remote.directories(self._keys.data("")) if _is_slug(name)]
+        registered: set[str] = set()
+
+        async def look(name: str) -> None:
+            try:
+                await self._remote.head(self._keys.key(f"{name}/{NAMESPACE_MANIFEST}"))
+            except AbsentError:
+                return
+            registered.add(name)
+
+        errors = await for_each(names, look, at_once=_AT_ONCE)
+        if errors:
+            raise errors[0]
+        return sorted(registered)
 
 
 def _is_slug(name: str) -> bool:

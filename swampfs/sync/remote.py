@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
 from swampfs.threads import Lane, Threads
 
@@ -29,6 +31,9 @@ class Remote:
 
     async def list(self, prefix: str) -> list[ObjectInfo]:
         return await self.threads.read(Lane.INDEX, lambda: list(self.store.list(prefix)))
+
+    async def directories(self, prefix: str) -> Sequence[str]:
+        return await self.threads.read(Lane.INDEX, self.store.directories, prefix)
 
     async def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS, lane: Lane = Lane.PUSH) -> ObjectInfo:
         return await self.threads.write(lane, self.store.put, key, body, when)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -69,6 +69,9 @@ class FaultyStore:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._run("list", prefix, lambda: self._inner.list(prefix))
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        return self._run("list", prefix, lambda: self._inner.directories(prefix))
 
     def verify(self) -> None:
         self._run("verify", "", self._inner.verify)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from swampfs.errors import AbsentError, PreconditionError
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition
@@ -65,6 +65,10 @@ class MemoryStore:
         with self._lock:
             found = [info for key, (_, info) in sorted(self.objects.items()) if key.startswith(prefix)]
         return iter(found)
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        found = (info.key[len(prefix) :].partition("/") for info in self.list(prefix))
+        return sorted({name for name, slash, _ in found if slash})
 
     def verify(self) -> None:
         """Memory is always there."""

@@ -122,6 +122,19 @@ class ObjectStoreSuite:
         infos = list(store.list("o"))
         assert [(info.key, info.size, info.etag) for info in infos] == [("other", 1, store.head("other").etag)]
 
+    def test_directories_are_told_without_what_is_in_them(self, store: ObjectStore) -> None:
+        for key in ("b/x", "a/deep/down", "a/2", "file", "a-/y", "a b&<c>/z"):
+            store.put(key, b"")
+        assert sorted(store.directories("")) == ["a", "a b&<c>", "a-", "b"]
+        assert list(store.directories("a/")) == ["deep"]
+        assert list(store.directories("none/")) == []
+
+    def test_more_directories_than_fit_on_a_page_are_all_told(self, store: ObjectStore) -> None:
+        names = [f"{number:04}" for number in range(1_010)]
+        for name in names:
+            store.put(f"wide/{name}/x", b"")
+        assert list(store.directories("wide/")) == names
+
     def test_of_many_racing_creators_one_wins(self, store: ObjectStore) -> None:
         for number in range(5):
             outcomes: list[bool] = []
