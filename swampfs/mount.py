@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from swampfs import __version__, registry
 from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
+from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.guard import Guard, is_family
@@ -35,6 +36,8 @@ from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
+from swampfs.fuse.federation import OWN, Federation, base_of
+from swampfs.fuse.operations import Operations
 from swampfs.names import RelPath, lease_path, rel_path
 from swampfs.settings import Backend, Consistency, MountSettings
 from swampfs.sync.lease import LONGEST_S
@@ -139,6 +142,7 @@ class Mount:
     refresh: Refresh
     started_at: float
     stop: trio.Event
+    foreign: ForeignNamespaces | None = None
 
     def status(self) -> dict[str, Any]:
         """``status --json``; from memory and the local catalog only."""
@@ -174,6 +178,7 @@ class Mount:
             "lastError": error,
             "refreshAgeMs": self.refresh.age_ms(),
             "visibilityMs": self.sync.visibility.as_json(),
+            **({"namespaces": self.foreign.as_json()} if self.foreign is not None else {}),
             "uptimeS": round(time.monotonic() - self.started_at, 1),
         }
 
@@ -191,20 +196,37 @@ class Mount:
             },
         )
 
+    def _own_paths(self, paths: Sequence[str] | None) -> list[RelPath] | None:
+        """Of paths below the mount point, those of the bound namespace, as that names them; ``None`` = all."""
+        if paths is None:
+            return None
+        checked = [rel_path(path) if path else RelPath("") for path in paths]
+        if self.foreign is None:
+            return checked
+        own = self.settings.source.namespace
+        return [
+            RelPath(path.removeprefix(own).removeprefix("/"))
+            for path in checked
+            if path in ("", own) or path.startswith(f"{own}/")
+        ]
+
     def commands(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
         async def status(_: Mapping[str, Any]) -> dict[str, Any]:
             return self.status()
 
         async def flush(message: Mapping[str, Any]) -> dict[str, Any]:
-            paths = message.get("paths")
-            wanted = None if paths is None else [rel_path(path) if path else RelPath("") for path in paths]
-            if not self.settings.read_only:  # what an earlier mount left in the journal waits for one that may push
+            wanted = self._own_paths(message.get("paths"))
+            if (
+                wanted != [] and not self.settings.read_only
+            ):  # what an earlier mount left in the journal waits for one that may push
                 await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
                 await self.sync.leases.give_back_idle()
             return {"pending": len(self.writeback.pending())}
 
         async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:
             await self.refresh.once()
+            if self.foreign is not None:
+                await self.foreign.refresh()
             return {"refreshAgeMs": self.refresh.age_ms(), "lastError": self.refresh.last_error}
 
         async def conflicts(_: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +320,10 @@ async def _start(
         await _register(settings, datastore, sync)
     if pending:
         log.info("replayed the journal: %d change(s) to push", pending)
-    mount = _compose(settings, datastore, sync, beneath, nursery)
+    foreign = None
+    if settings.all_namespaces:
+        foreign = ForeignNamespaces(settings, datastore, sync.catalog, nursery, at_end)
+    mount = _compose(settings, datastore, sync, beneath, nursery, foreign=foreign)
     at_end.callback(session.detach)  # after the nursery: its tasks use the session
     await _serve(mount, env, nursery, on_ready)
 
@@ -319,9 +344,12 @@ def _compose(
     sync: SyncService,
     beneath: int,
     nursery: trio.Nursery,
+    *,
+    foreign: ForeignNamespaces | None,
 ) -> Mount:
     """Join the parts and attach to the kernel."""
-    invalidator = session.Invalidator(datastore.remote.threads)
+    base = 0 if foreign is None else base_of(OWN)
+    invalidator = session.Invalidator(datastore.remote.threads, base)
     sync.on_changes, sync.settle = invalidator, invalidator.settle
     touched: list[Callable[[RelPath], None]] = []
     owner = Owner(settings.uid, settings.gid)
@@ -351,7 +379,9 @@ def _compose(
     if settings.consistency is Consistency.CLOSE_TO_OPEN:
         wait_s = settings.timeout_s * _LOCK_SHARE
         fs.close_to_open = CloseToOpen(sync, lambda path: writeback.flush([path], wait_s, even_open=True))
-    operations = session.mount(fs, settings)
+    operations = Operations(fs, settings.timeout_s, base)
+    everything = foreign and Federation(settings.source.namespace, operations, foreign, owner)
+    session.mount(everything or operations, settings)
     invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
     nursery.start_soon(refresh.run)
@@ -359,7 +389,7 @@ def _compose(
         writeback.touch_all()
         nursery.start_soon(writeback.run)
         nursery.start_soon(sync.leases.run)
-    mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event())
+    mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event(), foreign)
     fs.views = mount.views(owner)
     return mount
 

@@ -119,6 +119,7 @@ class MountSettings:
     queue_offline: bool = True
     lock_ttl_s: float = 30.0
     consistency: Consistency = Consistency.BOUNDED
+    all_namespaces: bool = False
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -53,6 +54,12 @@ class Bucket:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=self.prefix + "/")
         found = [item["Key"] for page in pages for item in page.get("Contents", ())]
         return sorted(key[len(self.prefix) + 1 :] for key in found)
+
+    def below(self, name: str) -> Bucket:
+        """A directory of it."""
+        inner = copy.copy(self)
+        inner.prefix, inner.url = f"{self.prefix}/{name}", f"{self.url}/{name}"
+        return inner
 
     def load(self, directory: Path) -> None:
         for path in sorted(directory.rglob("*")):

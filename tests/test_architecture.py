@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"fs"},
     {"fuse"},
     {"registry", "control"},
+    {"foreign"},
     {"mount"},
     {"cli"},
     {"__main__"},

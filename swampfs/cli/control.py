@@ -100,6 +100,10 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     click.echo(f"  files      {answer['files']} ({answer['bytes']} bytes), {answer['hydrated']} on this machine")
     click.echo(f"  to push    {answer['dirty']}" + (f", such as {answer['pending'][0]}" if answer["pending"] else ""))
     click.echo(f"  refreshed  {'never' if age is None else f'{age / 1000:.1f} s ago'}")
+    if "namespaces" in answer:
+        followed = [one["namespace"] for one in answer["namespaces"] if one["followed"]]
+        also = f", following {', '.join(followed)}" if followed else ""
+        click.echo(f"  others     {len(answer['namespaces'])} namespaces{also}")
     if answer["conflicts"]:
         click.echo(f"  conflicts  {answer['conflicts']} kept in {answer['stateDir']}/state/conflicts")
     for finding in answer["findings"][:10]:

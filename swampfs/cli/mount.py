@@ -65,6 +65,8 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
 @click.option("--read-only", is_flag=True, envvar="SWAMPFS_READ_ONLY", help="Refuse every change.")
 @click.option("--namespace", envvar="SWAMPFS_NAMESPACE", help="Bind one namespace of the datastore.")
+@click.option("--all-namespaces", is_flag=True, envvar="SWAMPFS_ALL_NAMESPACES",
+              help="Show every namespace below its name; all but the bound one are read-only.")  # fmt: skip
 @click.option("--state-dir", envvar="SWAMPFS_STATE_DIR", type=click.Path(path_type=Path),
               help="Where this machine keeps content, journal and catalog.")  # fmt: skip
 @click.option("--refresh", envvar="SWAMPFS_REFRESH", callback=seconds, default="2s", show_default=True,
@@ -228,6 +230,8 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
     for name in ("refresh", "timeout"):
         if flags[name] <= 0:
             raise UsageError(f"--{name} must be longer than 0")
+    if flags["all_namespaces"]:
+        _check_all_namespaces(source, repo, mountpoint)
     if flags["lock_ttl"] < 1:
         raise UsageError("--lock-ttl must be 1s or longer: it is renewed every third of it")
     return MountSettings(
@@ -236,6 +240,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         state_dir=Path(state_dir).absolute(),
         repo=repo,
         tiers=tiers_of(repo),
+        all_namespaces=flags["all_namespaces"],
         read_only=flags["read_only"],
         refresh_s=flags["refresh"],
         push_delay_s=flags["push_delay"],
@@ -249,6 +254,16 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         allow_root=flags["allow_root"],
         trace_file=str(Path(flags["trace_file"]).absolute()) if flags["trace_file"] else None,
     )
+
+
+def _check_all_namespaces(source: Source, repo: Repo | None, mountpoint: Path) -> None:
+    if not source.namespace:
+        raise UsageError("--all-namespaces needs one to be bound", remedy="add --namespace NAME")
+    if repo is not None and mountpoint == repo.mountpoint:
+        raise UsageError(
+            f"{mountpoint} must be this repository's own namespace, not all of them",
+            remedy="mount them in another directory",
+        )
 
 
 def _endpoints(arguments: tuple[str, ...], env: Mapping[str, str]) -> tuple[Source, Repo | None, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
@@ -36,6 +36,12 @@ class Datastore:
     trace: TracingStore
     make_lock: MakeLock
     prove: Callable[[], Awaitable[None]] | None
+    make_index: Callable[[Keyspace], RemoteIndex]
+
+    def in_namespace(self, name: str) -> Datastore:
+        """Another namespace of the same store, through the same connections."""
+        keys = self.keys._replace(namespace=name)
+        return replace(self, keys=keys, index=self.make_index(keys))
 
 
 def open_datastore(
@@ -56,7 +62,6 @@ def open_datastore(
     driver = FilesystemStore(directory or source.directory) if is_plain else _driver(source)
     trace = TracingStore(driver, trace_file)
     remote = Remote(RetryingStore(trace), threads)
-    index: RemoteIndex = ListingIndex(remote, keys) if is_plain else ObjectIndex(remote, keys)
     sightings: LRUCache[str, Sighting] = LRUCache(_SIGHTINGS)
 
     def make_lock(key: str, note: Callable[[str, str | None], None]) -> Lock:
@@ -71,10 +76,13 @@ def open_datastore(
             note=note,
         )
 
+    def make_index(keys: Keyspace) -> RemoteIndex:
+        return ListingIndex(remote, keys) if is_plain else ObjectIndex(remote, keys)
+
     async def prove() -> None:
         await prove_preconditions(remote, keys.data("_control/swampfs/precondition-probe"))
 
-    return Datastore(remote, keys, index, trace, make_lock, None if is_plain else prove)
+    return Datastore(remote, keys, make_index(keys), trace, make_lock, None if is_plain else prove, make_index)
 
 
 def _driver(source: Source) -> ObjectStore:

@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -35,6 +35,12 @@ _BLOCK = 4096
 _LONGEST_NAME = 255
 
 
+class HasTimeout(Protocol):
+    """``timeout_s``: how long a caller may wait."""
+
+    timeout_s: float
+
+
 def _text(name: bytes) -> str:
     try:
         return name.decode()
@@ -42,7 +48,7 @@ def _text(name: bytes) -> str:
         raise FUSEError(errno.EILSEQ) from None
 
 
-def _handler(fn: F) -> F:
+def handler(fn: F) -> F:
     """One mapper for every handler: our errors and the system's become errno; a bug becomes EIO and is logged."""
 
     @functools.wraps(fn)
@@ -62,16 +68,16 @@ def _handler(fn: F) -> F:
     return cast(F, handle)
 
 
-def _bounded(fn: F) -> F:
+def bounded(fn: F) -> F:
     """For handlers that may wait: past the deadline the caller gets ETIMEDOUT (it could not be interrupted)."""
 
     @functools.wraps(fn)
-    async def handle(self: Operations, *args: Any) -> Any:
+    async def handle(self: HasTimeout, *args: Any) -> Any:
         with trio.move_on_after(self.timeout_s):
             return await fn(self, *args)
         raise FUSEError(errno.ETIMEDOUT)
 
-    return _handler(cast(F, handle))
+    return handler(cast(F, handle))
 
 
 def _naming(fn: F) -> F:
@@ -82,7 +88,7 @@ def _naming(fn: F) -> F:
         with self.using(directory):
             return await fn(self, directory, *args)
 
-    return _bounded(cast(F, handle))
+    return bounded(cast(F, handle))
 
 
 class Operations(pyfuse3.Operations):
@@ -91,8 +97,10 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, fs: FileSystem, timeout_s: float) -> None:
+    def __init__(self, fs: FileSystem, timeout_s: float, base: int = 0) -> None:
+        """``base`` is added to every inode and handle number the kernel is told, and to none that comes in."""
         super().__init__()
+        self._base = base
         self._strict = fs.close_to_open
         self._fs = fs
         self.timeout_s = timeout_s
@@ -111,7 +119,7 @@ class Operations(pyfuse3.Operations):
 
     # --- looking ------------------------------------------------------------------------------------------
 
-    @_handler
+    @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         if len(name) > _LONGEST_NAME:
             raise FUSEError(errno.ENAMETOOLONG)
@@ -128,38 +136,42 @@ class Operations(pyfuse3.Operations):
             found = None  # no such name can exist here
         if found is None:
             raise FUSEError(errno.ENOENT)  # not to be remembered: another machine may make it at any time
-        return _entry(found)
+        return self._entry(found)
 
     async def _lookup_lock(self, parent_inode: InodeT, name: str) -> Attributes | None:
         with trio.move_on_after(self.timeout_s):
             return await self._fs.lookup_lock(parent_inode, name)
         raise FUSEError(errno.ETIMEDOUT)
 
-    @_handler
+    @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        return _entry(self._fs.getattr(inode))
+        return self.attributes(inode)
 
-    @_handler
+    def attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        """Raises FileError."""
+        return self._entry(self._fs.getattr(inode))
+
+    @handler
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
             self._fs.forget(inode, count)
 
-    @_handler
+    @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         return inode
 
-    @_handler
+    @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         for name, attributes in self._fs.readdir(fh, start_id):
-            if not pyfuse3.readdir_reply(token, name.encode(), _entry(attributes), attributes.ino):
+            if not pyfuse3.readdir_reply(token, name.encode(), self._entry(attributes), attributes.ino):
                 return
             self._fs.inodes.looked_up(attributes.ino)
 
-    @_handler
+    @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         return os.fsencode(self._fs.readlink(inode))
 
-    @_handler
+    @handler
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         totals, disk = self._fs.sync.catalog.totals(), self._fs.sync.cache.free_bytes()
         data = pyfuse3.StatvfsData()
@@ -180,7 +192,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
         mode_after = mode & ~ctx.umask
-        return _entry(await self._fs.mkdir(parent_inode, _text(name), mode_after, _caller(ctx)))
+        return self._entry(await self._fs.mkdir(parent_inode, _text(name), mode_after, _caller(ctx)))
 
     @_naming
     async def create(
@@ -188,7 +200,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         mode_after = mode & ~ctx.umask
         number, found = await self._fs.create(parent_inode, _text(name), mode_after, flags, _caller(ctx))
-        return _file_info(number, found.ino), _entry(found)
+        return self._file_info(number, found.ino), self._entry(found)
 
     @_naming
     async def mknod(
@@ -199,15 +211,15 @@ class Operations(pyfuse3.Operations):
         flags = os.O_RDWR | os.O_EXCL
         number, found = await self._fs.create(parent_inode, _text(name), mode & ~ctx.umask, flags, _caller(ctx))
         self._fs.files.release(number)
-        return _entry(found)
+        return self._entry(found)
 
-    @_handler
+    @handler
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return _entry(self._fs.symlink(parent_inode, _text(name), os.fsdecode(target)))
+        return self._entry(self._fs.symlink(parent_inode, _text(name), os.fsdecode(target)))
 
-    @_handler
+    @handler
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -238,7 +250,7 @@ class Operations(pyfuse3.Operations):
         with self.using(parent_inode_new):
             await self._fs.rename(old, new, _caller(ctx), replace=replace)
 
-    @_bounded
+    @bounded
     async def setattr(
         self,
         inode: InodeT,
@@ -255,25 +267,25 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
         )
-        return _entry(await self._fs.setattr(inode, change, ctx.pid))
+        return self._entry(await self._fs.setattr(inode, change, ctx.pid))
 
     # --- files --------------------------------------------------------------------------------------------
 
-    @_bounded
+    @bounded
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         if self._strict is not None:
             await self._strict.ask()
-        return _file_info(await self._fs.open(inode, flags, ctx.pid), inode)
+        return self._file_info(await self._fs.open(inode, flags, ctx.pid), inode)
 
-    @_handler
+    @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return self._fs.files.read(fh, off, size)
 
-    @_bounded
+    @bounded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         return await self._fs.files.write(fh, off, buf)
 
-    @_bounded
+    @bounded
     async def flush(self, fh: FileHandleT) -> None:
         if self._strict is None:
             raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
@@ -281,20 +293,33 @@ class Operations(pyfuse3.Operations):
         if path is not None:
             await self._strict.publish(path)
 
-    @_bounded
+    @bounded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         await self._fs.files.fsync(fh)
 
-    @_handler
+    @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         self._fs.sync.journal.sync()
 
-    @_handler
+    @handler
     async def release(self, fh: FileHandleT) -> None:
         self._fs.files.release(fh)
 
     async def releasedir(self, fh: FileHandleT) -> None:
         pass
+
+    # --- answers ------------------------------------------------------------------------------------------
+
+    def _entry(self, found: Attributes) -> pyfuse3.EntryAttributes:
+        entry = entry_of(found)
+        entry.st_ino = shifted(self._base, found.ino)
+        return entry
+
+    def _file_info(self, number: int, ino: int) -> pyfuse3.FileInfo:
+        if ino >= VIEW_BASE:
+            return pyfuse3.FileInfo(fh=self._base + number, direct_io=True)
+        # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
+        return pyfuse3.FileInfo(fh=self._base + number, keep_cache=True)
 
     # --- extended attributes: answered ENOSYS once, then the kernel never asks again (architecture §7) ----
 
@@ -311,7 +336,12 @@ class Operations(pyfuse3.Operations):
         raise FUSEError(errno.ENOSYS)
 
 
-def _entry(found: Attributes) -> pyfuse3.EntryAttributes:
+def shifted(base: int, ino: int) -> int:
+    """An inode number as the kernel is told it: views and locks keep theirs, the mount has them once."""
+    return ino if ino >= VIEW_BASE else base + ino
+
+
+def entry_of(found: Attributes) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = found.ino
     entry.generation = 0  # inode numbers are never reused
@@ -332,10 +362,3 @@ def _entry(found: Attributes) -> pyfuse3.EntryAttributes:
 
 def _caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.pid)
-
-
-def _file_info(number: int, ino: int) -> pyfuse3.FileInfo:
-    if ino >= VIEW_BASE:
-        return pyfuse3.FileInfo(fh=number, direct_io=True)
-    # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
-    return pyfuse3.FileInfo(fh=number, keep_cache=True)

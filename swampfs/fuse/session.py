@@ -13,8 +13,7 @@ import pyfuse3
 import trio
 
 from swampfs.errors import MountError
-from swampfs.fs.vfs import FileSystem
-from swampfs.fuse.operations import Operations
+from swampfs.fuse.operations import shifted
 from swampfs.records import TreeChange
 from swampfs.settings import MountSettings
 from swampfs.threads import Lane, Threads
@@ -27,7 +26,7 @@ _IN_USE_S = 0.02
 _MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
 
 
-def mount(fs: FileSystem, settings: MountSettings) -> Operations:
+def mount(operations: pyfuse3.Operations, settings: MountSettings) -> None:
     """Attach to the mount point. From here on the kernel queues requests; :func:`serve` answers them.
 
     Raises MountError.
@@ -47,7 +46,6 @@ def mount(fs: FileSystem, settings: MountSettings) -> Operations:
         options.add("allow_root")
     if settings.read_only:
         options.add("ro")
-    operations = Operations(fs, settings.timeout_s)
     with tempfile.TemporaryFile() as said:
         try:
             with _stderr_to(said.fileno()):
@@ -58,7 +56,6 @@ def mount(fs: FileSystem, settings: MountSettings) -> Operations:
             raise MountError(
                 f"{settings.mountpoint} could not be mounted: {reason}", remedy="check that fuse3 is installed"
             ) from None
-    return operations
 
 
 @contextlib.contextmanager
@@ -93,8 +90,10 @@ class Invalidator:
     would hang. So it is not done while an operation of ours is at work there.
     """
 
-    def __init__(self, threads: Threads) -> None:
+    def __init__(self, threads: Threads, base: int = 0) -> None:
+        """``base`` as of the :class:`Operations` whose inodes it is told."""
         self._threads = threads
+        self._base = base
         self._inodes: list[int] = []
         self._names: list[TreeChange] = []
         self._wake = trio.Event()
@@ -105,7 +104,7 @@ class Invalidator:
         self.is_in_use: Callable[[int], bool] = lambda directory: False
 
     def __call__(self, changes: list[TreeChange]) -> None:
-        inodes = [change.ino for change in changes if change.ino]
+        inodes = [shifted(self._base, change.ino) for change in changes if change.ino]
         if inodes:
             self._inodes.extend(inodes)
             self._idle = trio.Event()
@@ -140,7 +139,8 @@ class Invalidator:
                 if self.is_in_use(change.parent):
                     self._names.append(change)
                 else:
-                    await self._deliver(Lane.NAMES, _forget_name, change)
+                    parent = shifted(self._base, change.parent)
+                    await self._deliver(Lane.NAMES, _forget_name, change._replace(parent=parent))
             if self._names:
                 await trio.sleep(_IN_USE_S)
                 self._wake_names.set()

@@ -302,8 +302,12 @@ class Catalog:
 
     def noted_locks(self) -> dict[str, str]:
         """Key → nonce of locks that a dead process may have left behind."""
-        rows = self.db.execute("SELECT key, value FROM fact WHERE key >= 'lock:' AND key < 'lock;'")
-        return {key.removeprefix("lock:"): nonce for key, nonce in rows}
+        return self.facts("lock")
+
+    def facts(self, kind: str) -> dict[str, str]:
+        """Those with a key ``{kind}:…``, without that prefix."""
+        rows = self.db.execute("SELECT key, value FROM fact WHERE key >= ? AND key < ?", (f"{kind}:", f"{kind};"))
+        return {key.removeprefix(f"{kind}:"): value for key, value in rows}
 
     def partitions(self) -> dict[str, str]:
         """Partition name → ETag last applied."""
