@@ -21,7 +21,7 @@ from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
-from swampfs.fuse.federation import MOST, OWN, base_of
+from swampfs.fuse.federation import FIRST, LAST, numbers_of
 from swampfs.fuse.operations import Operations
 from swampfs.fuse.session import Invalidator
 from swampfs.names import RelPath
@@ -33,6 +33,7 @@ from swampfs.sync.service import SyncService
 log = logging.getLogger(__name__)
 
 _NUMBER = "namespace"
+_SHARE, _FIRST_SHARE = 0.1, 0.8  # of an operation's time, for waiting for a listing
 
 
 class _Part(NamedTuple):
@@ -69,47 +70,72 @@ class ForeignNamespaces:
         self._nursery = nursery
         self._at_end = at_end
         self._registry = Namespaces(datastore.remote, datastore.keys, newline=False)
-        self._known = {name: int(number) for name, number in catalog.facts(_NUMBER).items()}
-        self._shown = dict(self._known)  # until the datastore says which there are
-        self._looked_at = -float("inf")
-        self._turn = trio.Lock()
+        self._shown = {name: int(number) for name, number in catalog.facts(_NUMBER).items()}
+        self._looking: trio.Event | None = None
+        self._began = self._ended = -float("inf")
         self._openings: dict[int, _Opening] = {}
 
     def numbers(self) -> Mapping[str, int]:
         return self._shown
 
-    async def look(self) -> None:
+    def look_soon(self) -> None:
         """At most one look per refresh interval. A datastore out of reach has those it had."""
-        async with self._turn:
-            if time.monotonic() - self._looked_at < self._settings.refresh_s:
-                return
-            try:
-                found = await self._registry.list()
-            except SwampfsError as error:
-                log.info("the namespaces could not be listed: %s", error.line())
-            else:
-                self._shown = {name: self._number(name) for name in found if name != self._settings.source.namespace}
-                self._shown = {name: number for name, number in self._shown.items() if number <= MOST}
-            self._looked_at = time.monotonic()
+        if self._looking is None and time.monotonic() - self._ended >= self._settings.refresh_s:
+            self._looking = trio.Event()
+            self._began = time.monotonic()
+            self._nursery.start_soon(self._look, self._looking)
 
-    def _number(self, name: str) -> int:
-        if name not in self._known:
-            self._known[name] = max(self._known.values(), default=OWN) + 1
-            self._catalog.set_fact(f"{_NUMBER}:{name}", str(self._known[name]))
-        return self._known[name]
+    async def look(self) -> None:
+        """A look that takes long goes on, and its callers go on with what is known."""
+        self.look_soon()
+        if self._looking is not None:
+            with trio.move_on_after(max(0.0, self._began + self._patience_s - time.monotonic())):
+                await self._looking.wait()
+
+    @property
+    def _patience_s(self) -> float:
+        return self._settings.timeout_s * (_SHARE if self._shown else _FIRST_SHARE)
+
+    async def _look(self, done: trio.Event) -> None:
+        try:
+            found = await self._registry.list()
+        except SwampfsError as error:
+            log.info("the namespaces could not be listed: %s", error.line())
+        else:
+            self._show([name for name in found if name != self._settings.source.namespace])
+        finally:
+            self._ended, self._looking = time.monotonic(), None
+            done.set()
+
+    def _show(self, names: list[str]) -> None:
+        """Names keep their numbers; those that are gone leave theirs to others, unless they are in use."""
+        for name in set(self._shown) - set(names):
+            if self._shown[name] not in self._openings:
+                self._catalog.drop_fact(f"{_NUMBER}:{name}")
+        in_use = {number for name, number in self._shown.items() if name in names} | set(self._openings)
+        free = (number for number in range(FIRST, LAST + 1) if number not in in_use)
+        known = {name: int(number) for name, number in self._catalog.facts(_NUMBER).items()}
+        self._shown = {}
+        for name in names:
+            number = known.get(name) or next(free, None)
+            if number is None:
+                break
+            self._shown[name] = number
+            if name not in known:
+                self._catalog.set_fact(f"{_NUMBER}:{name}", str(number))
 
     async def open(self, number: int) -> Operations:
         """Raises FileError and what the first poll raises."""
-        name = next((name for name, known in self._known.items() if known == number), None)
-        if name is None:
-            raise stale(base_of(number))
         opening = self._openings.get(number)
         if opening is None:
+            name = next((name for name, shown in self._shown.items() if shown == number), None)
+            if name is None:
+                raise stale(numbers_of(number).root)
             opening = self._openings[number] = _Opening()
             self._nursery.start_soon(self._finish, opening, name, number)
         await opening.done.wait()
         if opening.part is None:
-            raise opening.error or stale(base_of(number))
+            raise opening.error or stale(numbers_of(number).root)
         return opening.part.operations
 
     async def _finish(self, opening: _Opening, name: str, number: int) -> None:
@@ -142,8 +168,8 @@ class ForeignNamespaces:
             sync.close()
             raise
         self._at_end.callback(sync.close)
-        base = base_of(number)
-        invalidator = Invalidator(datastore.remote.threads, base)
+        numbers = numbers_of(number)
+        invalidator = Invalidator(datastore.remote.threads, numbers)
         sync.on_changes, sync.settle = invalidator, invalidator.settle
         fs = FileSystem(
             sync,
@@ -155,7 +181,7 @@ class ForeignNamespaces:
         )
         if settings.consistency is Consistency.CLOSE_TO_OPEN:
             fs.close_to_open = CloseToOpen(sync, _never)
-        operations = Operations(fs, settings.timeout_s, base)
+        operations = Operations(fs, settings.timeout_s, numbers)
         invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
         refresh = Refresh(sync, settings.refresh_s)
         self._nursery.start_soon(invalidator.run)
@@ -164,7 +190,8 @@ class ForeignNamespaces:
 
     async def refresh(self) -> None:
         """One poll of each that is followed."""
-        self._looked_at = -float("inf")
+        self._ended = -float("inf")
+        self.look_soon()
         for opening in list(self._openings.values()):
             if opening.part is not None:
                 await opening.part.refresh.once()

@@ -36,8 +36,8 @@ from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
-from swampfs.fuse.federation import OWN, Federation, base_of
-from swampfs.fuse.operations import Operations
+from swampfs.fuse.federation import OWN, Federation
+from swampfs.fuse.operations import PLAIN, Operations
 from swampfs.names import RelPath, lease_path, rel_path
 from swampfs.settings import Backend, Consistency, MountSettings
 from swampfs.sync.lease import LONGEST_S
@@ -168,12 +168,15 @@ class Mount:
             "bytes": totals["bytes"],
             "hydrated": totals["clean"] + totals["dirty"],
             "dirty": len(pending),
-            "pending": pending[:100],
+            "pending": [self._shown(path) for path in pending[:100]],
             "locks": self.sync.leases.as_json(),
             "lostLocks": self.sync.leases.lost,
             "offline": self.sync.leases.reach.lost_since is not None,
             "conflicts": len(self.sync.cache.conflicts()),
-            "findings": [finding._asdict() for finding in self.sync.catalog.findings()[:100]],
+            "findings": [
+                finding._replace(path=self._shown(finding.path))._asdict()
+                for finding in self.sync.catalog.findings()[:100]
+            ],
             "openFiles": len(self.fs.files),
             "lastError": error,
             "refreshAgeMs": self.refresh.age_ms(),
@@ -188,13 +191,17 @@ class Mount:
             owner,
             {
                 "status.json": lambda: document(self.status()),
-                "pending": lambda: lines(self.writeback.pending()),
+                "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
                 "locks": lambda: records(self.sync.leases.as_json()),
                 "errors": lambda: lines(
                     [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
                 ),
             },
         )
+
+    def _shown(self, path: str) -> str:
+        """A path of the bound namespace, as this mount shows it."""
+        return path if self.foreign is None else f"{self.settings.source.namespace}/{path}"
 
     def _own_paths(self, paths: Sequence[str] | None) -> list[RelPath] | None:
         """Of paths below the mount point, those of the bound namespace, as that names them; ``None`` = all."""
@@ -230,7 +237,8 @@ class Mount:
             return {"refreshAgeMs": self.refresh.age_ms(), "lastError": self.refresh.last_error}
 
         async def conflicts(_: Mapping[str, Any]) -> dict[str, Any]:
-            return {"conflicts": self.sync.cache.conflict_reports()}
+            found = self.sync.cache.conflict_reports()
+            return {"conflicts": [{**one, "path": self._shown(one["path"])} for one in found]}
 
         async def drop_conflict(message: Mapping[str, Any]) -> dict[str, Any]:
             self.sync.cache.drop_conflict(str(message["id"]))
@@ -348,8 +356,8 @@ def _compose(
     foreign: ForeignNamespaces | None,
 ) -> Mount:
     """Join the parts and attach to the kernel."""
-    base = 0 if foreign is None else base_of(OWN)
-    invalidator = session.Invalidator(datastore.remote.threads, base)
+    numbers = PLAIN if foreign is None else OWN
+    invalidator = session.Invalidator(datastore.remote.threads, numbers)
     sync.on_changes, sync.settle = invalidator, invalidator.settle
     touched: list[Callable[[RelPath], None]] = []
     owner = Owner(settings.uid, settings.gid)
@@ -379,9 +387,13 @@ def _compose(
     if settings.consistency is Consistency.CLOSE_TO_OPEN:
         wait_s = settings.timeout_s * _LOCK_SHARE
         fs.close_to_open = CloseToOpen(sync, lambda path: writeback.flush([path], wait_s, even_open=True))
-    operations = Operations(fs, settings.timeout_s, base)
-    everything = foreign and Federation(settings.source.namespace, operations, foreign, owner)
-    session.mount(everything or operations, settings)
+    operations = Operations(fs, settings.timeout_s, numbers)
+    if foreign is None:
+        session.mount(operations, settings)
+    else:
+        fs.views_parent = 0
+        name = settings.source.namespace
+        session.mount(Federation(name, operations, foreign, owner=owner, names_s=settings.refresh_s), settings)
     invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
     nursery.start_soon(refresh.run)

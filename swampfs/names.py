@@ -271,6 +271,14 @@ def is_lock_file(rel: str) -> bool:
 # --- keys ------------------------------------------------------------------------------------------------
 
 
+def is_namespace(slug: str) -> bool:
+    try:
+        check_namespace(slug)
+    except SettingsError:
+        return False
+    return True
+
+
 def check_namespace(slug: str) -> str:
     """Spec §1.2, and no directory of swamp's own: ``data/`` would be both. Raises SettingsError."""
     if slug in SYNCED_DIRECTORIES or slug in _LOCAL_TOP:

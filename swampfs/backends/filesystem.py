@@ -112,24 +112,25 @@ class FilesystemStore:
         return self._call("stat", key, lambda: self._stat(key))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        if not os.path.isdir(self._root):
-            raise BucketMissingError(
-                f"the datastore directory {self._root} does not exist", remedy="create it, or correct the path"
-            )
+        self._require_root()
         start = prefix.rpartition("/")[0]
         yield from self._call("list", prefix, lambda: sorted(self._walk(start, prefix)))
 
     def directories(self, prefix: str) -> Sequence[str]:
+        self._require_root()
         where = self._path(prefix.rstrip("/"))
         return self._call("list", prefix, lambda: sorted(_directories(where)))
 
     def verify(self) -> None:
+        self._require_root()
+        if not os.access(self._root, os.R_OK | os.X_OK):
+            raise AccessDeniedError(f"{self._root} cannot be read", remedy="check its owner and mode")
+
+    def _require_root(self) -> None:
         if not os.path.isdir(self._root):
             raise BucketMissingError(
                 f"the datastore directory {self._root} does not exist", remedy="create it, or correct the path"
             )
-        if not os.access(self._root, os.R_OK | os.X_OK):
-            raise AccessDeniedError(f"{self._root} cannot be read", remedy="check its owner and mode")
 
     def _walk(self, directory: str, prefix: str) -> Iterator[ObjectInfo]:
         base = f"{directory}/" if directory else ""

@@ -17,6 +17,7 @@ from swampfs.names import RelPath, is_always_local, join, parent_of
 from swampfs.settings import TierPolicy
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL
+_LARGE = 1 << 59
 _SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -26,6 +27,7 @@ class LocalTier:
     def __init__(self, root: str, policy: TierPolicy) -> None:
         self._root = root
         self._kept = policy.kept_local
+        self._large: dict[int, int] = {}  # inodes beneath that do not fit below the limit → short ones
         self._paths: dict[int, RelPath] = {}  # inodes the kernel knows; dropped at FORGET
 
     def owns(self, rel: str) -> bool:
@@ -47,9 +49,15 @@ class LocalTier:
             found = os.lstat(self.path(rel))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        attributes = of_stat(found, LOCAL_BASE + found.st_ino)
+        attributes = of_stat(found, self._ino(found.st_ino))
         self._paths[attributes.ino] = rel
         return attributes
+
+    def _ino(self, beneath: int) -> int:
+        """Some file systems number their inodes by hashes of 64 bits."""
+        if beneath >= _LARGE:
+            beneath = _LARGE + self._large.setdefault(beneath, len(self._large))
+        return LOCAL_BASE + beneath
 
     def attributes(self, ino: int) -> Attributes:
         found = self.lookup(self.rel(ino))
@@ -98,7 +106,7 @@ class LocalTier:
 
     def open(self, ino: int, flags: int) -> int:
         fd = os.open(self.path(self.rel(ino)), (flags & _OPEN_FLAGS & ~os.O_EXCL) | _SAFELY)
-        if os.fstat(fd).st_ino + LOCAL_BASE != ino:
+        if self._ino(os.fstat(fd).st_ino) != ino:
             os.close(fd)
             raise stale(ino)
         return fd
@@ -154,7 +162,7 @@ class LocalTier:
         path: str | int
         try:
             path = self.path(self.rel(ino))
-            if os.lstat(path).st_ino + LOCAL_BASE != ino:
+            if self._ino(os.lstat(path).st_ino) != ino:
                 raise stale(ino)
         except (FileError, FileNotFoundError):
             if fd is None:
@@ -184,7 +192,7 @@ class LocalTier:
     def _drop(self, rel: RelPath) -> None:
         """The name is about to leave its inode."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            ino = os.lstat(self.path(rel)).st_ino + LOCAL_BASE
+            ino = self._ino(os.lstat(self.path(rel)).st_ino)
             if self._paths.get(ino) == rel:
                 del self._paths[ino]
 

@@ -54,6 +54,8 @@ class FileSystem:
         """Set by the composition root for a mount that asks at each open and publishes at each close."""
         self.views: Views | None = None
         """The directory of the mount's own state; set by the composition root."""
+        self.views_parent = ROOT_INO
+        """Where it is; 0 = in a directory above ours."""
         self.files = Files(sync, local, self.inodes, owner, on_dirty, guard=self._guard, locks=locks)
         sync.is_open = self.files.is_being_written
         self.tree = Tree(sync, self.files, self.inodes, on_dirty)
@@ -72,7 +74,7 @@ class FileSystem:
 
     def lookup(self, parent: int, name: str) -> Attributes | None:
         """``None`` = no such name. Counts a look-up of what it finds."""
-        if self.views is not None and (parent == VIEW_BASE or (parent == ROOT_INO and name == views.NAME)):
+        if self.views is not None and (parent == VIEW_BASE or (parent == self.views_parent and name == views.NAME)):
             found = self.views.lookup(name) if parent == VIEW_BASE else self.views.attributes(VIEW_BASE)
         elif parent >= LOCAL_BASE:
             found = self._local.lookup(join(self._local.rel(parent), name))
@@ -193,7 +195,7 @@ class FileSystem:
         """Where a new name goes: its datastore directory, or ``None`` for the local tier; and its path."""
         self._require_writable()
         check_name(name)
-        if parent == VIEW_BASE or (parent == ROOT_INO and name == views.NAME):
+        if parent == VIEW_BASE or (parent == self.views_parent and name == views.NAME):
             raise fail(errno.EPERM, views.NAME)
         if parent >= LOCAL_BASE:
             return None, join(self._local.rel(parent), name)

@@ -1,12 +1,13 @@
 """A mount of several namespaces: its root holds them by name, and what is below one is answered by that one.
 
-Each has its own file system and its own inode numbers from 1. To the kernel they are one space: the namespace's number
-stands in the upper bits of every inode and handle.
+Each has its own file system and its own inode numbers from 1. To the kernel they are one space: a foreign namespace's
+number stands in the upper bits of every inode and handle of it.
 """
 
 from __future__ import annotations
 
 import errno
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -15,21 +16,34 @@ import pyfuse3
 from pyfuse3 import FileHandleT, FileNameT, FUSEError, InodeT, RequestContext
 
 from swampfs.fs import views
-from swampfs.fs.attributes import Attributes, Owner
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, Owner
 from swampfs.fs.views import VIEW_BASE
-from swampfs.fuse.operations import CACHE_S, Operations, bounded, entry_of, handler
+from swampfs.fuse.operations import CACHE_S, LONGEST_NAME, Numbers, Operations, bounded, entry_of, handler
+from swampfs.names import is_namespace
+from swampfs.state.catalog import ROOT_INO
 
-_BITS = 52
-_INNER = (1 << _BITS) - 1
-_ROOT = InodeT(1)
-OWN = 1
-"""Number of the namespace the mount is bound to."""
-MOST = (VIEW_BASE >> _BITS) - 1
+_BITS = 48
+_INNER = LOCAL_BASE - 1  # foreign namespaces have no local tier
+_FOREIGN = 1 << 60
+_ROOT = InodeT(ROOT_INO)
+FIRST, LAST = 2, (1 << 12) - 1
+"""Numbers of foreign namespaces."""
+OWN = Numbers(base=0, root=_FOREIGN | 1 << _BITS | ROOT_INO)
+"""The bound namespace keeps its inodes, but its root is not the mount's."""
 
 
-def base_of(number: int) -> int:
-    """What the inodes of a namespace are shifted by."""
-    return number << _BITS
+def numbers_of(number: int) -> Numbers:
+    """Of the inodes and handles of a foreign namespace."""
+    base = _FOREIGN | number << _BITS
+    return Numbers(base, base + ROOT_INO)
+
+
+def _is_foreign(where: int) -> bool:
+    return _FOREIGN <= where < VIEW_BASE and where != OWN.root
+
+
+def _number(where: int) -> int:
+    return where >> _BITS & LAST
 
 
 class Namespaces(Protocol):
@@ -39,18 +53,32 @@ class Namespaces(Protocol):
         """By name, as far as is known; a name keeps its number from mount to mount."""
 
     async def look(self) -> None:
-        """See which there are now."""
+        """See which there are now, if that does not take too long."""
+
+    def look_soon(self) -> None:
+        """See which there are now, and do not wait for it."""
 
     async def open(self, number: int) -> Operations:
         """Read-only. Raises FileError and sync errors."""
 
 
-def _forward(name: str) -> Any:
-    """A handler that belongs to the namespace of its first argument, an inode or a handle."""
+def _of_inode(name: str) -> Any:
+    """A handler that belongs to the namespace of its first argument, an inode."""
 
-    async def forward(self: Federation, where: int, *args: Any) -> Any:
-        part, inner = await self.part(where)
+    async def forward(self: Federation, inode: int, *args: Any) -> Any:
+        part, inner = await self.part(inode)
         return await getattr(part, name)(inner, *args)
+
+    forward.__name__ = name
+    return forward
+
+
+def _of_handle(name: str) -> Any:
+    """As :func:`_of_inode`, for the handle of a file."""
+
+    async def forward(self: Federation, handle: int, *args: Any) -> Any:
+        part = self.opened[_number(handle)] if _is_foreign(handle) else self.own
+        return await getattr(part, name)(handle & _INNER, *args)
 
     forward.__name__ = name
     return forward
@@ -62,30 +90,32 @@ class Federation(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, name: str, own: Operations, foreign: Namespaces, owner: Owner) -> None:
+    def __init__(self, name: str, own: Operations, foreign: Namespaces, *, owner: Owner, names_s: float) -> None:
+        """``names_s``: how long the kernel may remember which foreign namespaces there are."""
         super().__init__()
         self.timeout_s = own.timeout_s
-        self._own = own
-        self._open: dict[int, Operations] = {OWN: own}
-        self._names = {name: OWN}
+        self._name = name
+        self.own = own
         self._foreign = foreign
+        self.opened: dict[int, Operations] = {}
+        self._names_s = names_s
         self._owner = owner
         self._since_ns = time.time_ns()
 
     async def part(self, where: int) -> tuple[Operations, int]:
         """Whose inode or handle this is, and what it is called there. Opens a namespace at the first look into it."""
-        if where >= VIEW_BASE:
-            return self._own, where
-        part = self._open.get(where >> _BITS)
+        if not _is_foreign(where):
+            if where == _ROOT:
+                raise FUSEError(errno.EROFS)  # whatever comes here wants to change it
+            return self.own, ROOT_INO if where == OWN.root else where
+        part = self.opened.get(_number(where))
         if part is None:
-            part = await self._opened(where >> _BITS)
+            part = await self._opened(_number(where))
         return part, where & _INNER
 
     @bounded
     async def _opened(self, number: int) -> Operations:
-        if not number:
-            raise FUSEError(errno.EROFS)  # the root: whatever comes here wants to change it
-        part = self._open[number] = await self._foreign.open(number)
+        part = self.opened[number] = await self._foreign.open(number)
         return part
 
     # --- the root -----------------------------------------------------------------------------------------
@@ -95,57 +125,55 @@ class Federation(pyfuse3.Operations):
             part, inner = await self.part(parent_inode)
             return await part.lookup(InodeT(inner), name, ctx)
         if name == views.NAME.encode():
-            return await self._own.lookup(_ROOT, name, ctx)
+            return await self.own.lookup(InodeT(0), name, ctx)
         return await self._lookup_namespace(name)
 
-    @bounded
+    @handler
     async def _lookup_namespace(self, name: FileNameT) -> pyfuse3.EntryAttributes:
+        if len(name) > LONGEST_NAME:
+            raise FUSEError(errno.ENAMETOOLONG)
         wanted = name.decode(errors="replace")
-        number = self._all().get(wanted)
-        if number is None:
+        if wanted == self._name:
+            return self.own.attributes(_ROOT)
+        if not is_namespace(wanted):
+            raise FUSEError(errno.ENOENT)
+        if wanted in self._foreign.numbers():
+            self._foreign.look_soon()  # it may be gone
+        else:
             await self._foreign.look()
-            number = self._all().get(wanted)
+        number = self._foreign.numbers().get(wanted)
         if number is None:
             raise FUSEError(errno.ENOENT)
         return self._root_of(number)
 
-    def _all(self) -> dict[str, int]:
-        return {**self._foreign.numbers(), **self._names}
-
     def _root_of(self, number: int) -> pyfuse3.EntryAttributes:
-        """Directory of a namespace; if nobody looked into it yet, it is not opened for that."""
-        part = self._open.get(number)
-        if part is not None:
-            return part.attributes(_ROOT)
-        entry = self._directory(base_of(number) | _ROOT)
-        entry.entry_timeout = entry.attr_timeout = 0
+        """Directory of a foreign namespace; if nobody looked into it yet, it is not opened for that."""
+        part = self.opened.get(number)
+        entry = part.attributes(_ROOT) if part is not None else self._directory(numbers_of(number).root, 0o755)
+        entry.entry_timeout = self._names_s
+        entry.attr_timeout = CACHE_S if part is not None else 0
         return entry
 
-    def _directory(self, ino: int) -> pyfuse3.EntryAttributes:
+    def _directory(self, ino: int, mode: int) -> pyfuse3.EntryAttributes:
         at = self._since_ns
-        entry = entry_of(Attributes(ino, 0o40555, 2, *self._owner, 0, 0, at, at, at))
-        entry.entry_timeout = entry.attr_timeout = CACHE_S
-        return entry
+        return entry_of(Attributes(ino, stat.S_IFDIR | mode, 1, *self._owner, 0, 0, at, at, at))
 
     @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         if inode == _ROOT:
-            return self._directory(_ROOT)
-        if inode < VIEW_BASE and inode >> _BITS not in self._open:
-            return self._root_of(inode >> _BITS)
+            return self._directory(_ROOT, 0o555)
+        if _is_foreign(inode) and _number(inode) not in self.opened:
+            return self._root_of(_number(inode))
         part, inner = await self.part(inode)
         return part.attributes(inner)
 
+    @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         if inode == _ROOT:
-            await self._look()
+            await self._foreign.look()
         else:
             await self.part(inode)
         return FileHandleT(inode)
-
-    @bounded
-    async def _look(self) -> None:
-        await self._foreign.look()
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -153,20 +181,29 @@ class Federation(pyfuse3.Operations):
             part, inner = await self.part(fh)
             await part.readdir(FileHandleT(inner), start_id, token)
             return
-        for name, number in sorted(self._all().items(), key=lambda item: item[1]):
+        if start_id == 0 and not pyfuse3.readdir_reply(token, self._name.encode(), self.own.attributes(_ROOT), 1):
+            return
+        for name, number in sorted(self._foreign.numbers().items(), key=lambda item: item[1]):
             if number > start_id and not pyfuse3.readdir_reply(token, name.encode(), self._root_of(number), number):
                 return
 
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        if fh != _ROOT:
+            part, inner = await self.part(fh)
+            await part.fsyncdir(FileHandleT(inner), datasync)
+
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
-            part = self._own if inode >= VIEW_BASE else self._open.get(inode >> _BITS)
-            if part is not None:
-                await part.forget([(inode if inode >= VIEW_BASE else InodeT(inode & _INNER), count)])
+            if not _is_foreign(inode):
+                if inode not in (_ROOT, OWN.root):  # roots are not counted
+                    await self.own.forget([(inode, count)])
+            elif (part := self.opened.get(_number(inode))) is not None:
+                await part.forget([(InodeT(inode & _INNER), count)])
 
     # --- below it -----------------------------------------------------------------------------------------
 
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        return await self._own.statfs(ctx)
+        return await self.own.statfs(ctx)
 
     async def rename(self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT, *args: Any) -> None:
         part, old = await self.part(parent_inode_old)
@@ -181,18 +218,17 @@ class Federation(pyfuse3.Operations):
     async def releasedir(self, fh: FileHandleT) -> None:
         pass
 
-    readlink = _forward("readlink")
-    mkdir = _forward("mkdir")
-    create = _forward("create")
-    mknod = _forward("mknod")
-    symlink = _forward("symlink")
-    unlink = _forward("unlink")
-    rmdir = _forward("rmdir")
-    setattr = _forward("setattr")
-    open = _forward("open")
-    read = _forward("read")
-    write = _forward("write")
-    flush = _forward("flush")
-    fsync = _forward("fsync")
-    fsyncdir = _forward("fsyncdir")
-    release = _forward("release")
+    readlink = _of_inode("readlink")
+    mkdir = _of_inode("mkdir")
+    create = _of_inode("create")
+    mknod = _of_inode("mknod")
+    symlink = _of_inode("symlink")
+    unlink = _of_inode("unlink")
+    rmdir = _of_inode("rmdir")
+    setattr = _of_inode("setattr")
+    open = _of_inode("open")
+    read = _of_handle("read")
+    write = _of_handle("write")
+    flush = _of_handle("flush")
+    fsync = _of_handle("fsync")
+    release = _of_handle("release")

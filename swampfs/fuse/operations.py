@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -23,6 +23,7 @@ from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Caller, Change
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
+from swampfs.state.catalog import ROOT_INO
 from swampfs.state.schema import is_disk_full
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,20 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 # Exact invalidation makes long timeouts safe (architecture §4).
 CACHE_S = 3600.0
 _BLOCK = 4096
-_LONGEST_NAME = 255
+LONGEST_NAME = 255
+
+
+class Numbers(NamedTuple):
+    """How a file system's inode and handle numbers are told to a kernel that knows several of them."""
+
+    base: int = 0
+    root: int = ROOT_INO
+
+    def inode(self, ino: int) -> int:
+        return self.root if ino == ROOT_INO else self.base + ino
+
+
+PLAIN = Numbers()
 
 
 class HasTimeout(Protocol):
@@ -97,10 +111,10 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, fs: FileSystem, timeout_s: float, base: int = 0) -> None:
-        """``base`` is added to every inode and handle number the kernel is told, and to none that comes in."""
+    def __init__(self, fs: FileSystem, timeout_s: float, numbers: Numbers = PLAIN) -> None:
+        """``numbers`` is for what goes out to the kernel; what comes in is expected to be translated back."""
         super().__init__()
-        self._base = base
+        self._numbers = numbers
         self._strict = fs.close_to_open
         self._fs = fs
         self.timeout_s = timeout_s
@@ -121,7 +135,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        if len(name) > _LONGEST_NAME:
+        if len(name) > LONGEST_NAME:
             raise FUSEError(errno.ENAMETOOLONG)
         try:
             if self._fs.may_be_lock(name):
@@ -312,14 +326,14 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, found: Attributes) -> pyfuse3.EntryAttributes:
         entry = entry_of(found)
-        entry.st_ino = shifted(self._base, found.ino)
+        entry.st_ino = self._numbers.inode(found.ino)
         return entry
 
     def _file_info(self, number: int, ino: int) -> pyfuse3.FileInfo:
         if ino >= VIEW_BASE:
-            return pyfuse3.FileInfo(fh=self._base + number, direct_io=True)
+            return pyfuse3.FileInfo(fh=self._numbers.base + number, direct_io=True)
         # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
-        return pyfuse3.FileInfo(fh=self._base + number, keep_cache=True)
+        return pyfuse3.FileInfo(fh=self._numbers.base + number, keep_cache=True)
 
     # --- extended attributes: answered ENOSYS once, then the kernel never asks again (architecture §7) ----
 
@@ -334,11 +348,6 @@ class Operations(pyfuse3.Operations):
 
     async def removexattr(self, inode: InodeT, name: Any, ctx: RequestContext) -> None:
         raise FUSEError(errno.ENOSYS)
-
-
-def shifted(base: int, ino: int) -> int:
-    """An inode number as the kernel is told it: views and locks keep theirs, the mount has them once."""
-    return ino if ino >= VIEW_BASE else base + ino
 
 
 def entry_of(found: Attributes) -> pyfuse3.EntryAttributes:

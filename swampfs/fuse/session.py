@@ -13,7 +13,7 @@ import pyfuse3
 import trio
 
 from swampfs.errors import MountError
-from swampfs.fuse.operations import shifted
+from swampfs.fuse.operations import PLAIN, Numbers
 from swampfs.records import TreeChange
 from swampfs.settings import MountSettings
 from swampfs.threads import Lane, Threads
@@ -90,10 +90,10 @@ class Invalidator:
     would hang. So it is not done while an operation of ours is at work there.
     """
 
-    def __init__(self, threads: Threads, base: int = 0) -> None:
-        """``base`` as of the :class:`Operations` whose inodes it is told."""
+    def __init__(self, threads: Threads, numbers: Numbers = PLAIN) -> None:
+        """``numbers`` as of the :class:`Operations` whose inodes it is told."""
         self._threads = threads
-        self._base = base
+        self._numbers = numbers
         self._inodes: list[int] = []
         self._names: list[TreeChange] = []
         self._wake = trio.Event()
@@ -104,7 +104,7 @@ class Invalidator:
         self.is_in_use: Callable[[int], bool] = lambda directory: False
 
     def __call__(self, changes: list[TreeChange]) -> None:
-        inodes = [shifted(self._base, change.ino) for change in changes if change.ino]
+        inodes = [self._numbers.inode(change.ino) for change in changes if change.ino]
         if inodes:
             self._inodes.extend(inodes)
             self._idle = trio.Event()
@@ -139,7 +139,7 @@ class Invalidator:
                 if self.is_in_use(change.parent):
                     self._names.append(change)
                 else:
-                    parent = shifted(self._base, change.parent)
+                    parent = self._numbers.inode(change.parent)
                     await self._deliver(Lane.NAMES, _forget_name, change._replace(parent=parent))
             if self._names:
                 await trio.sleep(_IN_USE_S)

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from swampfs.errors import AbsentError, NamespaceError, PreconditionError, SettingsError
-from swampfs.names import NAMESPACE_MANIFEST, SYNCED_DIRECTORIES, Keyspace, check_namespace
+from swampfs.errors import AbsentError, AccessDeniedError, NamespaceError, PreconditionError
+from swampfs.names import NAMESPACE_MANIFEST, SYNCED_DIRECTORIES, Keyspace, check_namespace, is_namespace
 from swampfs.provider import ABSENT, NamespaceManifest, matching
 from swampfs.records import timestamp
 from swampfs.sync.parallel import for_each
@@ -77,16 +77,22 @@ class Namespaces:
 
     async def manifests(self) -> list[NamespaceManifest]:
         """Of all registered namespaces."""
-        found = []
-        for name in await self.list():
+        return [await self._manifest(name) for name in await self.list()]
+
+    async def _manifest(self, name: str) -> NamespaceManifest:
+        try:
             blob = await self._remote.get(self._keys.key(f"{name}/{NAMESPACE_MANIFEST}"))
-            assert blob is not None
-            found.append(decode_manifest(blob.body, name))
-        return found
+        except AccessDeniedError:
+            return NamespaceManifest(name, "", "")
+        assert blob is not None
+        return decode_manifest(blob.body, name)
 
     async def list(self) -> list[str]:
-        """Valid slugs that have a manifest, ascending. One listing of the root, and a look at each that may be one."""
-        names = [name for name in await self._remote.directories(self._keys.data("")) if _is_slug(name)]
+        """Valid slugs that have a manifest, ascending, or one that we may not read.
+
+        One listing of the root, and a look at each that may be one.
+        """
+        names = [name for name in await self._remote.directories(self._keys.data("")) if is_namespace(name)]
         registered: set[str] = set()
 
         async def look(name: str) -> None:
@@ -94,20 +100,14 @@ class Namespaces:
                 await self._remote.head(self._keys.key(f"{name}/{NAMESPACE_MANIFEST}"))
             except AbsentError:
                 return
+            except AccessDeniedError:
+                pass
             registered.add(name)
 
         errors = await for_each(names, look, at_once=_AT_ONCE)
         if errors:
             raise errors[0]
         return sorted(registered)
-
-
-def _is_slug(name: str) -> bool:
-    try:
-        check_namespace(name)
-    except SettingsError:
-        return False
-    return True
 
 
 async def foreign_objects(remote: Remote, keys: Keyspace) -> tuple[Counter[str], list[str]]:

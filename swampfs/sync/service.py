@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Container, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -61,11 +62,15 @@ class SyncService:
     ) -> None:
         """``lock_wait_s`` bounds how long a writer waits for another machine's lock."""
         self.remote = remote
-        self.catalog = Catalog(f"{home}/state/catalog.db")
-        self.journal = Journal(f"{home}/state/journal.db")
-        self.sidecar = Sidecar(f"{home}/state")
-        self.cache = CacheDir(home)
-        self.cache.clear_staging()
+        with ExitStack() as undo:
+            self.catalog = Catalog(f"{home}/state/catalog.db")
+            undo.callback(self.catalog.close)
+            self.journal = Journal(f"{home}/state/journal.db")
+            undo.callback(self.journal.close)
+            self.sidecar = Sidecar(f"{home}/state")
+            self.cache = CacheDir(home)
+            self.cache.clear_staging()
+            undo.pop_all()
         parts = Parts(remote, keys, index, self.catalog, self.cache, self.journal)
         self.hydrator = Hydrator(parts, refresh=self.pull_changed, start_soon=start_soon, timeout_s=timeout_s)
         self.is_open: Callable[[str], bool] = lambda path: False

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import time
 
 import pytest
+import trio
 
+from swampfs.errors import AccessDeniedError
+from swampfs.names import Keyspace
+from swampfs.sync.namespaces import Namespaces
+from swampfs.sync.remote import Remote
+from swampfs.testing.faults import Fault, FaultyStore
+from swampfs.testing.memory import MemoryStore
+from swampfs.threads import Threads
 from tests.datastores import load_monolith, load_shards
 from tests.fuse.test_locks import LOCK, MODEL
 from tests.fuse.test_namespaces import make_repo
@@ -120,6 +130,72 @@ def test_a_namespace_costs_nothing_until_somebody_looks_into_it(everything):
     everything.clear_requests()
     assert (everything.path / "security" / RAW).read_bytes() == b"of security"
     assert not [request for request in everything.requests() if request["op"] == "download"]
+
+
+def test_a_namespace_that_is_removed_disappears(everything, datastore):
+    there = everything.path / "security"
+    assert (there / RAW).read_bytes() == b"of security"
+    with open(there / RAW, "rb") as held:
+        for key in datastore.below("security").keys():
+            datastore.delete(f"security/{key}")
+        wait_for(lambda: not there.exists(), "its name is gone")
+        assert held.read() == b"of security"
+    assert sorted(os.listdir(everything.path)) == ["empty", "infra"]
+    datastore.put("security/.namespace.json", b"{}")
+    wait_for(lambda: there.exists() and os.listdir(there) == [], "it is there again, with what it holds now")
+
+
+def test_a_namespace_that_may_not_be_read_hides_no_other():
+    store = FaultyStore(MemoryStore())
+    for name in ("open", "shut"):
+        store.put(f"{name}/.namespace.json", b'{"namespace": "x", "repoId": "r"}')
+    store.faults += [Fault(call, "shut/", times=99, error=AccessDeniedError("403")) for call in ("get", "head")]
+    namespaces = Namespaces(Remote(store, Threads()), Keyspace(), newline=False)
+    assert trio.run(namespaces.list) == ["open", "shut"]
+    assert [one.repo_id for one in trio.run(namespaces.manifests)] == ["r", ""]
+
+
+def test_a_silent_store_holds_up_no_look_at_the_root_for_long(datastore, fleet, network):
+    way = network()
+    machine = fleet.machine("all", {**datastore.env, "AWS_ENDPOINT_URL_S3": way.url})
+    machine.mount(datastore.url, "--all-namespaces", "--namespace", "infra", "--timeout", "5s")
+    assert sorted(os.listdir(machine.path)) == ["empty", "infra", "security"]
+    way.silent = True
+    time.sleep(0.4)  # so that what is known is old
+    began = time.monotonic()
+    for _ in range(5):
+        assert sorted(os.listdir(machine.path)) == ["empty", "infra", "security"]
+        assert not (machine.path / "nothing").exists()
+        assert not (machine.path / ".git").exists()
+    assert time.monotonic() - began < 4, "one short wait for all of them"
+    way.cut()
+    way.mend()
+
+
+def test_the_root_answers_as_a_directory_does(everything):
+    fd = os.open(everything.path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    with refused(errno.ENAMETOOLONG):
+        os.stat(everything.path / ("x" * 256))
+    with refused(errno.ENOENT):
+        os.stat(everything.path / "Not a name")
+    assert not (everything.path / "infra/.swampfs").exists(), "it has one place"
+    assert json.loads((everything.path / ".swampfs/status.json").read_text())["namespace"] == "infra"
+
+
+def test_a_conflict_is_resolved_where_the_mount_shows_it(datastore, fleet):
+    machine = fleet.machine("all", datastore.env, options=("--refresh", "60s", "--push-delay", "60s"))
+    machine.mount(datastore.url, "--all-namespaces", "--namespace", "infra")
+    (machine.path / "infra/files/a").write_bytes(b"ours")
+    load_shards(datastore.below("infra"), [(RAW, b"of infra"), ("files/a", b"theirs")], seq=2)  # heeds no lock
+    machine.flush()
+    assert (machine.path / "infra/files/a").read_bytes() == b"theirs"
+    (one,) = json.loads(machine.run("conflicts", "list", "--json", str(machine.path)).stdout)["conflicts"]
+    assert one["path"] == "infra/files/a"
+    machine.run("conflicts", "resolve", one["id"], "--keep", "ours")
+    machine.flush()
+    assert datastore.get("infra/files/a") == b"ours"
 
 
 def test_out_of_reach_what_was_seen_stays(datastore, fleet, network):

@@ -290,7 +290,6 @@ def test_the_reason_of_libfuse_reaches_the_user(monkeypatch, tmp_path):
         raise RuntimeError("fuse_session_mount failed")
 
     monkeypatch.setattr("pyfuse3.init", refuse)
-    monkeypatch.setattr(session, "Operations", lambda fs, timeout_s: None)
     settings = MountSettings(source_of_url(f"file://{tmp_path}"), tmp_path / "m", tmp_path / "s")
     with pytest.raises(MountError) as caught:
         session.mount(None, settings)  # type: ignore[arg-type]
