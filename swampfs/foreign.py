@@ -182,7 +182,7 @@ class ForeignNamespaces:
         if settings.consistency is Consistency.CLOSE_TO_OPEN:
             fs.close_to_open = CloseToOpen(sync, _never)
         operations = Operations(fs, settings.timeout_s, numbers)
-        invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
+        invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
         refresh = Refresh(sync, settings.refresh_s)
         self._nursery.start_soon(invalidator.run)
         self._nursery.start_soon(refresh.run)

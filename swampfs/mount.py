@@ -394,7 +394,7 @@ def _compose(
         fs.views_parent = 0
         name = settings.source.namespace
         session.mount(Federation(name, operations, foreign, owner=owner, names_s=settings.refresh_s), settings)
-    invalidator.is_open, invalidator.is_in_use = fs.files.is_open, operations.in_use.__contains__
+    invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
     nursery.start_soon(refresh.run)
     if not settings.read_only:

@@ -16,6 +16,7 @@ RelPath = NewType("RelPath", str)
 
 ROOT = RelPath("")
 MAX_SEGMENT_BYTES = 255
+MAX_LINK = 4095  # bytes of a symbolic link's target, as in Linux
 MAX_KEY_BYTES = 1024  # S3 and GCS object names
 
 SYNCED_DIRECTORIES = frozenset(

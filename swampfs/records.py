@@ -30,6 +30,16 @@ def timestamp_ns(text: str | None) -> int | None:
     return int(moment.replace(microsecond=0).timestamp()) * 1_000_000_000 + moment.microsecond * 1000
 
 
+class Posix(NamedTuple):
+    """What the index format has no field for; it travels in one that other clients ignore (``docs/formats.md``)."""
+
+    mode: int | None = None  # permission bits; None: the usual ones
+    uid: int | None = None  # None: whoever mounts it
+    gid: int | None = None
+    ns: int = 0  # of the modification time, below its milliseconds
+    link: str | None = None  # it is a symbolic link to this; its content is the same text
+
+
 class IndexEntry(NamedTuple):
     """One file as the remote index names it (spec §2)."""
 
@@ -38,6 +48,7 @@ class IndexEntry(NamedTuple):
     last_modified: str
     local_mtime: str | None = None
     sha256: str | None = None
+    posix: Posix | None = None  # None: its writer knew nothing of it
 
     def same_content(self, other: IndexEntry | None) -> bool:
         """Whether both name the same bytes: by hash where both have one, else by size and time."""
@@ -50,12 +61,26 @@ class IndexEntry(NamedTuple):
     @property
     def mtime_ns(self) -> int:
         """Modification time shown to users: the pusher's file time, else the time of upload."""
-        return timestamp_ns(self.local_mtime) or timestamp_ns(self.last_modified) or 0
+        exact = timestamp_ns(self.local_mtime)
+        if exact is not None:
+            return exact + (self.posix.ns if self.posix is not None else 0)
+        return timestamp_ns(self.last_modified) or 0
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.SYMLINK if self.posix is not None and self.posix.link is not None else Kind.FILE
 
 
 class Kind(IntEnum):
+    """``FILE`` and ``SYMLINK`` are published; the special ones exist on their machine only."""
+
     FILE = 1
     DIRECTORY = 2
+    SYMLINK = 3
+    FIFO = 4
+    SOCKET = 5
+    CHARACTER_DEVICE = 6
+    BLOCK_DEVICE = 7
 
 
 class Residency(IntEnum):
@@ -100,22 +125,46 @@ class Node(NamedTuple):
     base_sha256: str | None
     base_modified: str | None
     base_mtime: str | None
+    base_posix: Posix | None
+    target: str | None  # of a symbolic link
+    rdev: int  # of a device
+    atime_ns: int | None  # if it was ever set; reading does not
+    links: int  # names of a file; of a directory, 1 and its subdirectories
+    row: int  # of this name; of the first name of an inode, the inode
 
     @property
     def base(self) -> IndexEntry | None:
         """The remote entry this node was last in step with."""
         if self.partition is None or self.base_size is None:
             return None
-        return IndexEntry(self.path, self.base_size, self.base_modified or "", self.base_mtime, self.base_sha256)
+        return IndexEntry(
+            self.path, self.base_size, self.base_modified or "", self.base_mtime, self.base_sha256, self.base_posix
+        )
 
     @property
     def is_dir(self) -> bool:
         return self.kind is Kind.DIRECTORY
 
+    @property
+    def is_special(self) -> bool:
+        return self.kind > Kind.SYMLINK
+
+
+class Change(NamedTuple):
+    """What a ``setattr`` asks for; ``None`` = leave alone."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    mtime_ns: int | None = None
+    atime_ns: int | None = None
+
 
 class Op(Enum):
     WRITE = "write"
     DELETE = "delete"
+    ATTRIBUTES = "attributes"  # content as it is in the datastore
 
 
 class DirtyPath(NamedTuple):

@@ -8,7 +8,7 @@ import stat
 from typing import NamedTuple
 
 from swampfs.errors import FileError
-from swampfs.records import Node, Residency
+from swampfs.records import Kind, Node, Residency
 
 LOCAL_BASE = 1 << 48
 """Inodes of the local tier are this plus the inode beneath; catalog inodes stay below it."""
@@ -25,6 +25,7 @@ class Attributes(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     atime_ns: int
+    rdev: int = 0
 
     @property
     def is_dir(self) -> bool:
@@ -49,12 +50,25 @@ class Caller(NamedTuple):
         return self.uid, self.gid
 
 
-def of_node(node: Node, owner: Owner, *, nlink: int = 1) -> Attributes:
+_TYPES = {
+    Kind.FILE: stat.S_IFREG,
+    Kind.DIRECTORY: stat.S_IFDIR,
+    Kind.SYMLINK: stat.S_IFLNK,
+    Kind.FIFO: stat.S_IFIFO,
+    Kind.SOCKET: stat.S_IFSOCK,
+    Kind.CHARACTER_DEVICE: stat.S_IFCHR,
+    Kind.BLOCK_DEVICE: stat.S_IFBLK,
+}
+KINDS = {mode: kind for kind, mode in _TYPES.items()}
+
+
+def of_node(node: Node, owner: Owner, *, nlink: int | None = None) -> Attributes:
     """Attributes of a catalog node. ``blocks`` is 0 for content that is not here, so that ``du`` shows what is."""
-    kind = stat.S_IFDIR if node.is_dir else stat.S_IFREG
+    if nlink is None:
+        nlink = node.links + 1 if node.is_dir else node.links
     return Attributes(
         ino=node.ino,
-        mode=kind | node.mode,
+        mode=_TYPES[node.kind] | node.mode,
         nlink=nlink,
         uid=owner.uid if node.uid < 0 else node.uid,
         gid=owner.gid if node.gid < 0 else node.gid,
@@ -62,7 +76,8 @@ def of_node(node: Node, owner: Owner, *, nlink: int = 1) -> Attributes:
         blocks=0 if node.residency is Residency.STUB else -(-node.size // 512),
         mtime_ns=node.mtime_ns,
         ctime_ns=node.ctime_ns,
-        atime_ns=node.mtime_ns,
+        atime_ns=node.mtime_ns if node.atime_ns is None else node.atime_ns,
+        rdev=node.rdev,
     )
 
 
@@ -79,18 +94,8 @@ def of_stat(found: os.stat_result, ino: int) -> Attributes:
         mtime_ns=found.st_mtime_ns,
         ctime_ns=found.st_ctime_ns,
         atime_ns=found.st_atime_ns,
+        rdev=found.st_rdev,
     )
-
-
-class Change(NamedTuple):
-    """What a ``setattr`` asks for; ``None`` = leave alone."""
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    mtime_ns: int | None = None
-    atime_ns: int | None = None
 
 
 def fail(number: int, what: str = "") -> FileError:

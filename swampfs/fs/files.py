@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from swampfs.errors import StoreError
@@ -44,6 +44,7 @@ class OpenFile:
     path: RelPath | None  # None: it lost its name
     readers: int = 0
     writers: list[int] = field(default_factory=list)  # descriptors
+    linked: bool = False  # it may have other names
     changed: bool = False
     replaced: bool = False  # by another machine while we had it open: what is written here would be lost
 
@@ -124,9 +125,10 @@ class Files:
 
     async def about_to_write(self, node: Node, pid: int) -> Node:
         """Have the lock that covers a file. Raises ESTALE if the name stands for another file by then."""
-        if self._guard.lets(node.path):
+        paths = self._sync.catalog.names(node.ino) if node.links > 1 else [node.path]
+        if self._guard.lets(*paths):
             return node
-        await self._guard.wait(pid, node.path)
+        await self._guard.wait(pid, *paths)
         again = self._sync.catalog.node(node.ino)
         if again is None:
             raise stale(node.ino)
@@ -192,6 +194,7 @@ class Files:
 
     def _track(self, fd: int, node: Node, flags: int, pid: int) -> int:
         file = self._open.setdefault(node.ino, OpenFile(node.path))
+        file.linked = file.linked or node.links > 1
         if flags & _WRITING:
             file.writers.append(fd)
         else:
@@ -214,8 +217,9 @@ class Files:
         handle = self._handles[number]
         file = self._open.get(handle.ino)
         if file is not None:
-            if file.path is not None and not self._is_announced(file) and not self._guard.lets(file.path):
-                await self._guard.wait(handle.pid, file.path)
+            names = self._names(handle.ino, file)
+            if names and not self._is_announced(file, names) and not self._guard.lets(*names):
+                await self._guard.wait(handle.pid, *names)
             if file.replaced:
                 raise stale(handle.ino)
             if file.path is not None:
@@ -236,7 +240,7 @@ class Files:
         else:
             os.truncate(self._sync.cache.path(node.path), size)
         self._sync.catalog.set_content(node.ino, size, time.time_ns(), Residency.DIRTY)
-        self._on_dirty(node.path)
+        self._changed(node)
 
     async def make_local(self, node: Node) -> Node:
         """Content on this machine, whatever it takes."""
@@ -291,10 +295,17 @@ class Files:
             if file.path is not None and (file.path == source or file.path.startswith(source + "/")):
                 file.path = RelPath(target + file.path[len(source) :])
 
-    def lost_name(self, ino: int) -> None:
+    def lost_name(self, ino: int, path: RelPath, left: Sequence[RelPath]) -> None:
+        """A file lost a name; ``left`` are its others."""
+        file = self._open.get(ino)
+        if file is not None and file.path == path:
+            file.path = left[0] if left else None
+
+    def linked(self, ino: int) -> None:
+        """A file got another name."""
         file = self._open.get(ino)
         if file is not None:
-            file.path = None
+            file.linked = True
 
     def replaced(self, ino: int) -> None:
         """By another machine: what is written through its handles would be nobody's."""
@@ -329,13 +340,18 @@ class Files:
 
     # --- parts --------------------------------------------------------------------------------------------
 
-    def _is_announced(self, file: OpenFile) -> bool:
-        if file.path is None or not file.changed:
+    def _names(self, ino: int, file: OpenFile) -> Sequence[RelPath]:
+        if file.path is None:
+            return ()
+        return self._sync.catalog.names(ino) if file.linked else (file.path,)
+
+    def _is_announced(self, file: OpenFile, names: Sequence[RelPath]) -> bool:
+        if not names or not file.changed:
             return False
-        return self._sync.journal.is_announced(file.path) or is_scratch(file.path)
+        return all(self._sync.journal.is_announced(path) or is_scratch(path) for path in names)
 
     def _about_to_change(self, ino: int, file: OpenFile) -> None:
-        if file.path is None or self._is_announced(file):
+        if file.path is None or self._is_announced(file, self._names(ino, file)):
             return
         node = self._sync.catalog.node(ino)
         if node is not None:
@@ -343,10 +359,21 @@ class Files:
         file.changed = True
 
     def _announce(self, node: Node) -> None:
-        self._sync.mark_dirty(node)
-        if node.residency is not Residency.DIRTY:
+        for name in self._all(node):
+            self._sync.mark_dirty(name)
+        if node.residency is not Residency.DIRTY or node.links > 1:
             self._sync.catalog.set_residency(node.ino, Residency.DIRTY)
-        self._on_dirty(node.path)
+        self._changed(node)
+
+    def _all(self, node: Node) -> list[Node]:
+        """A file under each of its names."""
+        if node.links == 1:
+            return [node]
+        return [name for path in self._sync.catalog.names(node.ino) if (name := self._sync.catalog.at(path))]
+
+    def _changed(self, node: Node) -> None:
+        for name in self._all(node):
+            self._on_dirty(name.path)
 
     def _record(self, ino: int, file: OpenFile, fd: int) -> None:
         """A writer closes: what it left is the file's size and time."""
@@ -358,4 +385,4 @@ class Files:
             return
         if (node.size, node.mtime_ns) != (found.st_size, found.st_mtime_ns):
             self._sync.catalog.set_content(ino, found.st_size, found.st_mtime_ns, Residency.DIRTY)
-        self._on_dirty(file.path)
+        self._changed(node)

@@ -12,8 +12,9 @@ import os
 import shutil
 
 from swampfs.errors import FileError
-from swampfs.fs.attributes import LOCAL_BASE, Attributes, Change, of_stat, stale
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, of_stat, stale
 from swampfs.names import RelPath, is_always_local, join, parent_of
+from swampfs.records import Change
 from swampfs.settings import TierPolicy
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL
@@ -94,6 +95,14 @@ class LocalTier:
         self.make_parents(rel)
         os.symlink(target, self.path(rel))
         return self._existing(rel)
+
+    def link(self, ino: int, rel: RelPath) -> Attributes:
+        """Raises ESTALE for an inode that is gone."""
+        self.make_parents(rel)
+        os.link(self.path(self.rel(ino)), self.path(rel), follow_symlinks=False)
+        found = self.lookup(rel)
+        assert found is not None
+        return found
 
     def readlink(self, ino: int) -> str:
         return os.readlink(self.path(self.rel(ino)))

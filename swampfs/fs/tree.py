@@ -12,11 +12,12 @@ import shutil
 import stat
 from collections.abc import Callable
 
-from swampfs.fs.attributes import Attributes, Change, fail, stale
+from swampfs.fs.attributes import KINDS, Attributes, fail, stale
 from swampfs.fs.files import Files
 from swampfs.fs.inodes import Inodes, Orphan
-from swampfs.names import RelPath, check_name, is_scratch, join, rel_path
-from swampfs.records import DirtyPath, Kind, Node, Op, Residency
+from swampfs.names import MAX_LINK, RelPath, check_name, is_scratch, join, rel_path
+from swampfs.records import Change, DirtyPath, Kind, Node, Op, Residency, TreeChange
+from swampfs.state.catalog import LINK_MODE
 from swampfs.sync.parallel import for_each
 from swampfs.sync.service import SyncService
 
@@ -52,6 +53,15 @@ class Tree:
             raise fail(errno.ENOENT, name)
         return node
 
+    def lives_on(self, change: TreeChange) -> bool:
+        """Whether an inode that lost this name is still open, or has others."""
+        if self._files.is_open(change.ino):
+            return True
+        if self._catalog.node(change.ino) is None:
+            return False
+        there = self._catalog.child(change.parent, change.name)
+        return there is None or there.ino != change.ino
+
     # --- making -------------------------------------------------------------------------------------------
 
     def mkdir(self, parent: Node, name: str, mode: int, owner: tuple[int, int]) -> Node:
@@ -66,14 +76,76 @@ class Tree:
         path = self.child_path(parent, name)
         if self._catalog.child(parent.ino, name) is not None:
             raise fail(errno.EEXIST, path)
-        pending = self._sync.journal.get(path)
         with self._catalog.transaction():
             self._catalog.add(path, Kind.FILE, mode=mode & 0o7777, owner=owner)
-            if pending is not None:
-                # Removed and made again before the removal was pushed: a change of the published file.
-                self._catalog.adopt_base(path, pending.base, pending.partition)
+            self._adopt_removed(path)
         node = self._catalog.at(path)
         assert node is not None
+        return node
+
+    def _adopt_removed(self, path: RelPath) -> None:
+        """Removed and made again before the removal was pushed: a change of the published file."""
+        pending = self._sync.journal.get(path)
+        if pending is not None:
+            self._catalog.adopt_base(path, pending.base, pending.partition)
+
+    def symlink(self, parent: Node, name: str, target: str, owner: tuple[int, int]) -> Node:
+        """Its content is its target, for clients that know no links."""
+        path = self.child_path(parent, name)
+        if self._catalog.child(parent.ino, name) is not None:
+            raise fail(errno.EEXIST, path)
+        body = target.encode()
+        if len(body) > MAX_LINK:
+            raise fail(errno.ENAMETOOLONG, path)
+        with self._catalog.transaction():
+            node = self._catalog.add(path, Kind.SYMLINK, mode=LINK_MODE, owner=owner, target=target)
+            self._adopt_removed(path)
+        self._sync.mark_dirty(node)
+        fd = self._sync.cache.create(path)
+        try:
+            os.write(fd, body)
+        finally:
+            os.close(fd)
+        self._on_dirty(path)
+        return node
+
+    def mknod(self, parent: Node, name: str, mode: int, rdev: int, owner: tuple[int, int]) -> Node:
+        path = self.child_path(parent, name)
+        if self._catalog.child(parent.ino, name) is not None:
+            raise fail(errno.EEXIST, path)
+        kind = KINDS[stat.S_IFMT(mode)]
+        with self._catalog.transaction():
+            return self._catalog.add(path, kind, mode=mode & 0o7777, owner=owner, residency=Residency.CLEAN, rdev=rdev)
+
+    async def link(self, ino: int, parent: int, name: str) -> Node:
+        """A further name of a file. On other machines, and to the datastore, it is a file of its own."""
+        node = self.linkable(ino)
+        if node.kind in (Kind.FILE, Kind.SYMLINK):
+            await self._files.make_local(node)
+            node = self.linkable(ino)
+        path = self.child_path(self.directory(parent), name)
+        if self._catalog.child(parent, name) is not None:
+            raise fail(errno.EEXIST, path)
+        if node.is_special:
+            self._catalog.add_link(node, path, Residency.CLEAN)
+        else:
+            self._sync.mark_dirty(node._replace(path=path, partition=None))
+            self._sync.cache.link(node.path, path)
+            with self._catalog.transaction():
+                self._catalog.add_link(node, path, Residency.DIRTY)
+                self._adopt_removed(path)
+            self._files.linked(ino)
+            self._on_dirty(path)
+        made = self._catalog.at(path)
+        assert made is not None
+        return made
+
+    def linkable(self, ino: int) -> Node:
+        node = self._catalog.node(ino)
+        if node is None:
+            raise fail(errno.ENOENT, "a removed file") if ino in self._inodes.orphans else stale(ino)
+        if node.is_dir:
+            raise fail(errno.EPERM, node.path)
         return node
 
     # --- removing -----------------------------------------------------------------------------------------
@@ -106,6 +178,10 @@ class Tree:
 
     def replaced_remotely(self, node: Node) -> None:
         """The name of this inode stands for other content now, or for none."""
+        if not node.is_dir and node.links > 1:
+            self._sync.cache.remove(node.path)
+            self._files.lost_name(node.ino, node.path, self._catalog.names(node.ino))
+            return
         if node.residency is not Residency.STUB:  # a stub has nothing to go on with: its next open is ESTALE
             self._unname(node)
             self._sync.cache.remove(node.path)
@@ -115,7 +191,10 @@ class Tree:
 
     def _unname(self, node: Node) -> None:
         """The node loses its name; while the kernel holds the inode, its content stays reachable."""
-        self._files.lost_name(node.ino)
+        left = [path for path in self._catalog.names(node.ino) if path != node.path] if node.links > 1 else []
+        self._files.lost_name(node.ino, node.path, left)
+        if left:
+            return
         if self._inodes.is_held(node.ino):
             content = self._sync.cache.orphan(node.path, node.ino)
             self._inodes.orphans[node.ino] = Orphan(node, content)
@@ -205,25 +284,24 @@ class Tree:
         if change.mtime_ns is not None and not node.is_dir and self._sync.cache.stat(node.path) is not None:
             # The file carries the time too: it is what a push reads and what replay trusts.
             os.utime(self._sync.cache.path(node.path), ns=(change.mtime_ns, change.mtime_ns))
-        self._catalog.set_attributes(
-            node.ino,
-            mode=None if change.mode is None else change.mode & 0o7777,
-            uid=change.uid,
-            gid=change.gid,
-            mtime_ns=change.mtime_ns,
-        )
+        mode = None if change.mode is None else change.mode & 0o7777
+        self._catalog.set_attributes(node.ino, change._replace(mode=mode))
+        if not node.is_dir and (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None):
+            self._sync.mark_attributes(node)
+            if node.path in self._sync.journal:
+                self._on_dirty(node.path)
 
     # --- across tiers -------------------------------------------------------------------------------------
 
     async def surrender(self, node: Node, take: Callable[[str, int], Attributes]) -> None:
         """A datastore file is renamed to a local name: hand its content to ``take`` and forget it here."""
-        if node.is_dir or self._files.has_writer(node.ino):
+        if node.kind is not Kind.FILE or node.links > 1 or self._files.has_writer(node.ino):
             raise fail(errno.EXDEV, node.path)
         node = await self._files.make_local(node)
         taken = take(self._sync.cache.path(node.path), node.mode)
         self._sync.mark_deleted(node)
         self._catalog.remove(node)
-        self._files.lost_name(node.ino)
+        self._files.lost_name(node.ino, node.path, [])
         self._inodes.alias(node.ino, taken.ino)
         self._on_dirty(node.path)
 

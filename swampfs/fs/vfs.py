@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from swampfs.errors import FileError, ReadOnlyError
 from swampfs.fs import views
-from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Change, Owner, fail, of_node, of_stat, stale
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Owner, fail, of_node, of_stat, stale
 from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.files import Files
 from swampfs.fs.guard import Guard
@@ -21,8 +21,8 @@ from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
 from swampfs.fs.tree import Tree
 from swampfs.fs.views import VIEW_BASE, Views
-from swampfs.names import RelPath, check_name, is_lock_file, join, lease_path
-from swampfs.records import Node, TreeChange
+from swampfs.names import RelPath, check_name, is_lock_file, join, lease_path, parent_of
+from swampfs.records import Change, Node, TreeChange
 from swampfs.state.catalog import ROOT_INO
 from swampfs.sync.service import SyncService
 
@@ -74,7 +74,9 @@ class FileSystem:
 
     def lookup(self, parent: int, name: str) -> Attributes | None:
         """``None`` = no such name. Counts a look-up of what it finds."""
-        if self.views is not None and (parent == VIEW_BASE or (parent == self.views_parent and name == views.NAME)):
+        if name in (".", ".."):  # asked for by nfsd and open_by_handle_at(2)
+            found = self.dots(parent, name)
+        elif self.views is not None and (parent == VIEW_BASE or (parent == self.views_parent and name == views.NAME)):
             found = self.views.lookup(name) if parent == VIEW_BASE else self.views.attributes(VIEW_BASE)
         elif parent >= LOCAL_BASE:
             found = self._local.lookup(join(self._local.rel(parent), name))
@@ -150,8 +152,23 @@ class FileSystem:
             return attributes
         return attributes._replace(size=found.st_size, blocks=found.st_blocks, mtime_ns=found.st_mtime_ns)
 
-    def readdir(self, ino: int, after: int) -> Iterator[tuple[str, Attributes]]:
-        """Entries whose inode is greater than ``after``, in inode order: positions survive concurrent change."""
+    def dots(self, ino: int, name: str) -> Attributes | None:
+        """A directory itself, or the one above it; ``None`` if it was removed."""
+        if ino in self.inodes.orphans:
+            return None
+        return self.getattr(ino if name == "." else self._above(ino))
+
+    def _above(self, ino: int) -> int:
+        if ino >= VIEW_BASE:
+            return ROOT_INO
+        if ino < LOCAL_BASE:
+            return self.tree.directory(ino).parent
+        path = parent_of(self._local.rel(ino))
+        above = self._catalog.at(path) or self._local.lookup(path)
+        return ino if above is None else above.ino
+
+    def readdir(self, ino: int, after: int) -> Iterator[tuple[str, Attributes, int]]:
+        """Entries whose position is greater than ``after``, with it; positions survive concurrent change."""
         if ino in self.inodes.orphans:
             return  # removed while open
         if self.views is not None and ino == VIEW_BASE:
@@ -164,8 +181,8 @@ class FileSystem:
             while seen < LOCAL_BASE:
                 batch = self._catalog.children(ino, seen, _BATCH)
                 for node in batch:
-                    yield node.name, self.files.attributes(node)
-                    seen = node.ino
+                    yield node.name, self.files.attributes(node), node.row
+                    seen = node.row
                 if len(batch) < _BATCH:
                     break
             children = [
@@ -176,7 +193,7 @@ class FileSystem:
             children += self._locks.children(directory.path) if self._locks is not None else []
         for name, found in children:
             if found.ino > after:
-                yield name, found
+                yield name, found, found.ino
 
     def forget(self, ino: int, count: int) -> None:
         if self.inodes.forget(ino, count) and ino >= LOCAL_BASE:
@@ -185,9 +202,16 @@ class FileSystem:
                 self._locks.forget(ino)
 
     def readlink(self, ino: int) -> str:
-        if ino < LOCAL_BASE:
+        ino = self.inodes.resolve(ino)
+        if ino >= LOCAL_BASE:
+            return self._local.readlink(ino)
+        orphan = self.inodes.orphans.get(ino)
+        node = self._catalog.node(ino) if orphan is None else orphan.node
+        if node is None:
+            raise stale(ino)
+        if node.target is None:
             raise fail(errno.EINVAL, "not a symbolic link")
-        return self._local.readlink(ino)
+        return node.target
 
     # --- making and removing ------------------------------------------------------------------------------
 
@@ -218,7 +242,7 @@ class FileSystem:
         if directory is None:
             found = self._local.mkdir(path, mode, caller.owner)
         else:
-            found = self.files.attributes(self.tree.mkdir(directory, name, mode, caller.owner))
+            found = self.files.attributes(self.tree.mkdir(directory, name, mode, self._owner_of(caller)))
         self.inodes.looked_up(found.ino)
         return found
 
@@ -242,20 +266,48 @@ class FileSystem:
                 number = await self.files.open(there.ino, flags, caller.pid)
                 found = self.files.attributes(self._catalog.node(there.ino) or there)
             else:
-                node = self.tree.create(directory, name, mode, caller.owner)
+                node = self.tree.create(directory, name, mode, self._owner_of(caller))
                 number = self.files.create(node, flags, caller.pid)
                 found = self.files.attributes(node)
         self.inodes.looked_up(found.ino)
         return number, found
 
-    def symlink(self, parent: int, name: str, target: str) -> Attributes:
-        """Only the local tier can hold a link: the datastore format has none (spec §5.3)."""
-        directory, path = self._place(parent, name)
-        if directory is not None:
-            raise fail(errno.EPERM, f"{path}: a datastore holds no symbolic links")
-        found = self._local.symlink(path, target)
+    async def symlink(self, parent: int, name: str, target: str, caller: Caller) -> Attributes:
+        directory, path = await self._place_for_writing(parent, name, caller)
+        if directory is None:
+            found = self._local.symlink(path, target)
+        else:
+            found = self.files.attributes(self.tree.symlink(directory, name, target, self._owner_of(caller)))
         self.inodes.looked_up(found.ino)
         return found
+
+    async def mknod(self, parent: int, name: str, mode: int, rdev: int, caller: Caller) -> Attributes:
+        """A pipe, socket or device: it means something on this machine only, and is never published."""
+        directory, path = await self._place_for_writing(parent, name, caller)
+        if directory is None:
+            raise fail(errno.EPERM, f"{path}: this name is for files of this machine")
+        found = self.files.attributes(self.tree.mknod(directory, name, mode, rdev, self._owner_of(caller)))
+        self.inodes.looked_up(found.ino)
+        return found
+
+    async def link(self, ino: int, parent: int, name: str, caller: Caller) -> Attributes:
+        """A further name of an inode, in the same tier."""
+        ino = self.inodes.resolve(ino)
+        directory, path = await self._place_for_writing(parent, name, caller)
+        if (directory is None) != (ino >= LOCAL_BASE):
+            raise fail(errno.EXDEV, path)
+        if directory is None:
+            found = self._local.link(ino, path)
+        else:
+            with self._guard.staying(path):
+                found = self.files.attributes(await self.tree.link(ino, parent, name))
+        self.inodes.looked_up(found.ino)
+        return found
+
+    def _owner_of(self, caller: Caller) -> tuple[int, int]:
+        """Of what a caller makes in the datastore: what is the mounting user's is so on every machine."""
+        uid, gid = caller.owner
+        return -1 if uid == self._owner.uid else uid, -1 if gid == self._owner.gid else gid
 
     async def unlink(self, parent: int, name: str, caller: Caller) -> None:
         self._require_writable()
@@ -421,8 +473,12 @@ class FileSystem:
             if change.size is not None and not node.is_dir:
                 node = await self.files.about_to_write(node, pid)
             with self._guard.staying(node.path):
-                await self.tree.setattr(node, change)
+                await self.tree.setattr(node, self._stored(change))
         return self.getattr(ino)
+
+    def _stored(self, change: Change) -> Change:
+        uid = -1 if change.uid == self._owner.uid else change.uid
+        return change._replace(uid=uid, gid=-1 if change.gid == self._owner.gid else change.gid)
 
     def _set_orphan_attributes(self, ino: int, change: Change) -> None:
         orphan = self.inodes.orphans[ino]

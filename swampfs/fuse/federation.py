@@ -87,7 +87,7 @@ def _of_handle(name: str) -> Any:
 class Federation(pyfuse3.Operations):
     """Adapter from the kernel to one :class:`Operations` per namespace."""
 
-    supports_dot_lookup = False
+    supports_dot_lookup = True
     enable_writeback_cache = False
 
     def __init__(self, name: str, own: Operations, foreign: Namespaces, *, owner: Owner, names_s: float) -> None:
@@ -123,7 +123,11 @@ class Federation(pyfuse3.Operations):
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         if parent_inode != _ROOT:
             part, inner = await self.part(parent_inode)
+            if inner == ROOT_INO and name == b"..":
+                return self._directory(_ROOT, 0o555)
             return await part.lookup(InodeT(inner), name, ctx)
+        if name in (b".", b".."):
+            return self._directory(_ROOT, 0o555)
         if name == views.NAME.encode():
             return await self.own.lookup(InodeT(0), name, ctx)
         return await self._lookup_namespace(name)
@@ -212,8 +216,12 @@ class Federation(pyfuse3.Operations):
             raise FUSEError(errno.EXDEV)
         await part.rename(InodeT(old), name_old, InodeT(new), *args)
 
-    async def link(self, inode: InodeT, *args: Any) -> pyfuse3.EntryAttributes:
-        raise FUSEError(errno.EPERM)
+    async def link(self, inode: InodeT, new_parent_inode: InodeT, *args: Any) -> pyfuse3.EntryAttributes:
+        part, inner = await self.part(inode)
+        other, parent = await self.part(new_parent_inode)
+        if part is not other:
+            raise FUSEError(errno.EXDEV)
+        return await part.link(InodeT(inner), InodeT(parent), *args)
 
     async def releasedir(self, fh: FileHandleT) -> None:
         pass

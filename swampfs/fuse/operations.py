@@ -20,9 +20,10 @@ import trio
 from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, RequestContext
 
 from swampfs.errors import SwampfsError
-from swampfs.fs.attributes import Attributes, Caller, Change
+from swampfs.fs.attributes import Attributes, Caller
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
+from swampfs.records import Change
 from swampfs.state.catalog import ROOT_INO
 from swampfs.state.schema import is_disk_full
 
@@ -33,6 +34,7 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 # Exact invalidation makes long timeouts safe (architecture §4).
 CACHE_S = 3600.0
 _BLOCK = 4096
+_DOTS = 2  # positions of a directory before those of its entries
 LONGEST_NAME = 255
 
 
@@ -108,7 +110,7 @@ def _naming(fn: F) -> F:
 class Operations(pyfuse3.Operations):
     """Adapter from the kernel to one :class:`FileSystem`."""
 
-    supports_dot_lookup = False
+    supports_dot_lookup = True
     enable_writeback_cache = False
 
     def __init__(self, fs: FileSystem, timeout_s: float, numbers: Numbers = PLAIN) -> None:
@@ -176,14 +178,18 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        for name, attributes in self._fs.readdir(fh, start_id):
-            if not pyfuse3.readdir_reply(token, name.encode(), self._entry(attributes), attributes.ino):
+        for position, name in enumerate((".", "..")[start_id:], start_id + 1):
+            found = self._fs.dots(fh, name)
+            if found is None or not pyfuse3.readdir_reply(token, name.encode(), self._entry(found), position):
+                return  # they count as no look-up
+        for name, attributes, position in self._fs.readdir(fh, max(0, start_id - _DOTS)):
+            if not pyfuse3.readdir_reply(token, name.encode(), self._entry(attributes), position + _DOTS):
                 return
             self._fs.inodes.looked_up(attributes.ino)
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        return os.fsencode(self._fs.readlink(inode))
+        return FileNameT(os.fsencode(self._fs.readlink(inode)))
 
     @handler
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
@@ -221,23 +227,25 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
         if not stat.S_ISREG(mode):
-            raise FUSEError(errno.EPERM)  # devices, pipes and sockets have no place in a datastore
+            mode_after = mode & ~ctx.umask
+            return self._entry(await self._fs.mknod(parent_inode, _text(name), mode_after, rdev, _caller(ctx)))
         flags = os.O_RDWR | os.O_EXCL
         number, found = await self._fs.create(parent_inode, _text(name), mode & ~ctx.umask, flags, _caller(ctx))
         self._fs.files.release(number)
         return self._entry(found)
 
-    @handler
+    @_naming
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._fs.symlink(parent_inode, _text(name), os.fsdecode(target)))
+        return self._entry(await self._fs.symlink(parent_inode, _text(name), _text(target), _caller(ctx)))
 
-    @handler
+    @bounded
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        raise FUSEError(errno.EPERM)  # an object has one name; EPERM is what link(2) says of such a file system
+        with self.using(new_parent_inode):
+            return self._entry(await self._fs.link(inode, new_parent_inode, _text(new_name), _caller(ctx)))
 
     @_naming
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
@@ -359,7 +367,7 @@ def entry_of(found: Attributes) -> pyfuse3.EntryAttributes:
     entry.st_nlink = found.nlink
     entry.st_uid = found.uid
     entry.st_gid = found.gid
-    entry.st_rdev = 0
+    entry.st_rdev = found.rdev
     entry.st_size = found.size
     entry.st_blksize = _BLOCK
     entry.st_blocks = found.blocks

@@ -85,9 +85,9 @@ class Invalidator:
 
     Inodes are forgotten, which never blocks: where the kernel then uses one whose name stands for something else, it is
     answered ESTALE and looks the name up again; and what is not there it does not remember. A name is forgotten only
-    where that is not enough, because somebody still has the old inode open. That waits for its directory, which an
-    operation may hold that waits for us; should this process be killed then, the thread could not die and the mount
-    would hang. So it is not done while an operation of ours is at work there.
+    where that is not enough, because somebody still has the old inode open, or it has other names. That waits for its
+    directory, which an operation may hold that waits for us; should this process be killed then, the thread could not
+    die and the mount would hang. So it is not done while an operation of ours is at work there.
     """
 
     def __init__(self, threads: Threads, numbers: Numbers = PLAIN) -> None:
@@ -100,7 +100,8 @@ class Invalidator:
         self._wake_names = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
-        self.is_open: Callable[[int], bool] = lambda ino: False
+        self.lives_on: Callable[[TreeChange], bool] = lambda change: False
+        """Whether the inode would go on to answer under a name that is not its own any more."""
         self.is_in_use: Callable[[int], bool] = lambda directory: False
 
     def __call__(self, changes: list[TreeChange]) -> None:
@@ -109,7 +110,7 @@ class Invalidator:
             self._inodes.extend(inodes)
             self._idle = trio.Event()
             self._wake.set()
-        names = [change for change in changes if change.name and self.is_open(change.ino)]
+        names = [change for change in changes if change.name and self.lives_on(change)]
         if names:
             self._names.extend(names)
             self._wake_names.set()

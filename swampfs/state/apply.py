@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from swampfs.names import RelPath, is_servable, parent_of
-from swampfs.records import Finding, IndexDelta, IndexEntry, Node, Partition, Residency, TreeChange
+from swampfs.records import Change, Finding, IndexDelta, IndexEntry, Kind, Node, Partition, Residency, TreeChange
 from swampfs.state.catalog import ROOT_INO, Catalog
 
 
@@ -142,15 +142,17 @@ class _Work:
             return
         if node.base == entry and node.partition == partition:
             return
-        same = entry.same_content(node.base)
-        if same:
+        if entry.same_content(node.base) and (entry.posix is None or entry.kind is node.kind):
+            if self._catalog.adopt_posix(node, entry):
+                self._applied.changes.append(TreeChange(node.parent, "", node.ino))
             self._catalog.settle(entry, partition, clean=False)
             return
         # New content is a new inode, as when a file is renamed over: who has the old one open goes on reading it, and
         # no page or size of it can ever be taken for the new.
-        self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
+        self._catalog.drop(node)
         ino = self._catalog.add_remote(node.parent, entry, partition, self._now)
-        self._catalog.set_attributes(ino, mode=node.mode, uid=node.uid, gid=node.gid, mtime_ns=None)
+        if entry.posix is None and node.kind is Kind.FILE:
+            self._catalog.set_attributes(ino, Change(mode=node.mode, uid=node.uid, gid=node.gid))
         self._applied.stale.append(node)
         self._applied.changes.append(TreeChange(node.parent, node.name, node.ino))
 
@@ -169,7 +171,7 @@ class _Work:
         return True
 
     def _take_away(self, node: Node) -> None:
-        self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
+        self._catalog.drop(node)
         self._applied.stale.append(node)
         self._applied.changes.append(TreeChange(node.parent, node.name, node.ino))
         self._newest[node.parent] = self._now

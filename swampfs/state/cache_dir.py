@@ -80,6 +80,22 @@ class CacheDir:
         os.rename(self.path(source), self.path(target))
         self._prune(source)
 
+    def link(self, source: RelPath, target: RelPath) -> None:
+        """Two names of one content: what is written to either is in both."""
+        self._make_room(target)
+        if os.path.lexists(self.path(target)):
+            os.unlink(self.path(target))
+        os.link(self.path(source), self.path(target), follow_symlinks=False)
+
+    def unshare(self, rel: RelPath) -> None:
+        """Give a name content of its own, should it share any."""
+        found = self.stat(rel)
+        if found is None or found.st_nlink == 1:
+            return
+        staged = self.stage()
+        shutil.copyfile(self.path(rel), staged)
+        self.admit(staged, rel, found.st_mtime_ns)
+
     def orphan(self, rel: RelPath, ino: int) -> str | None:
         """Move a file that lost its name but may still be opened; returns where it is now."""
         aside = os.path.join(self._staging, f"orphan-{ino}")

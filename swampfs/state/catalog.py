@@ -13,30 +13,46 @@ from typing import Any
 
 from swampfs.names import ROOT, RelPath, parent_of
 from swampfs.records import (
+    Change,
     Finding,
     IndexEntry,
     IndexMode,
     Kind,
     Node,
+    Posix,
     Residency,
     Watermark,
 )
-from swampfs.state.schema import CATALOG, CATALOG_VERSION, SchemaError, open_database, set_aside, transaction
+from swampfs.state.schema import (
+    CATALOG,
+    CATALOG_VERSION,
+    SchemaError,
+    decode_posix,
+    encode_posix,
+    open_database,
+    set_aside,
+    transaction,
+)
 
 ROOT_INO = 1
+NO_POSIX = Posix()
 FILE_MODE = 0o644
+LINK_MODE = 0o777
 DIRECTORY_MODE = 0o755
 
 _NODE = (
-    "ino, parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, partition,"
-    " base_size, base_sha256, base_modified, base_mtime"
+    "coalesce(shared, ino), parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, partition,"
+    " base_size, base_sha256, base_modified, base_mtime, base_posix, target, rdev, atime_ns, links, ino"
 )
+_INODE = "(ino = ? OR shared = ?)"
 _SELECT = f"SELECT {_NODE} FROM node"
 _INSERT = """
 INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, explicit,
-                  partition, base_size, base_sha256, base_modified, base_mtime)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                  target, rdev, partition, base_size, base_sha256, base_modified, base_mtime, base_posix)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+_SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
+_PUBLISHED = f"kind IN ({Kind.FILE:d}, {Kind.SYMLINK:d})"
 
 
 class Catalog:
@@ -77,11 +93,11 @@ class Catalog:
     def at(self, path: str) -> Node | None:
         return _node(self.db.execute(f"{_SELECT} WHERE path = ?", (path,)).fetchone())
 
-    def children(self, parent: int, after_ino: int = 0, limit: int = -1) -> list[Node]:
-        """Entries of a directory in inode order, so that a position survives concurrent change."""
+    def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Node]:
+        """Entries of a directory in the order of their rows, so that a position survives concurrent change."""
         rows = self.db.execute(
             f"{_SELECT} WHERE parent = ? AND ino > ? AND ino != {ROOT_INO} ORDER BY ino LIMIT ?",
-            (parent, after_ino, limit),
+            (parent, after, limit),
         ).fetchall()
         return [_row_node(row) for row in rows]
 
@@ -92,11 +108,11 @@ class Catalog:
         return row is not None
 
     def files_below(self, path: str) -> Iterator[Node]:
-        """Every file at or below a path."""
+        """Every file and symbolic link at or below a path."""
         low, high = (f"{path}/", f"{path}0") if path else ("", "\U0010ffff")
         rows = self.db.execute(
-            f"{_SELECT} WHERE (path = ? OR (path >= ? AND path < ?)) AND kind = ? ORDER BY path",
-            (path, low, high, Kind.FILE),
+            f"{_SELECT} WHERE (path = ? OR (path >= ? AND path < ?)) AND {_PUBLISHED} ORDER BY path",
+            (path, low, high),
         ).fetchall()
         return map(_row_node, rows)
 
@@ -118,8 +134,8 @@ class Catalog:
         """Counts and bytes for ``statfs`` and ``status``."""
         row = self.db.execute(
             "SELECT count(*), coalesce(sum(size), 0), coalesce(sum(residency = ?), 0), coalesce(sum(residency = ?), 0)"
-            " FROM node WHERE kind = ?",
-            (Residency.CLEAN, Residency.DIRTY, Kind.FILE),
+            f" FROM node WHERE {_PUBLISHED}",
+            (Residency.CLEAN, Residency.DIRTY),
         ).fetchone()
         return {"files": row[0], "bytes": row[1], "clean": row[2], "dirty": row[3]}
 
@@ -134,6 +150,8 @@ class Catalog:
         owner: tuple[int, int] = (-1, -1),
         mtime_ns: int | None = None,
         residency: Residency = Residency.DIRTY,
+        target: str | None = None,
+        rdev: int = 0,
     ) -> Node:
         """Insert a local entry; its parent must exist. Directories added here stay when they become empty."""
         now = time.time_ns()
@@ -141,8 +159,8 @@ class Catalog:
         assert parent is not None
         self.db.execute(
             _INSERT,
-            (parent.ino, path.rpartition("/")[2], path, kind, 0, mtime_ns or now, now, mode, *owner, residency,
-             int(kind is Kind.DIRECTORY), None, None, None, None, None),
+            (parent.ino, path.rpartition("/")[2], path, kind, len((target or "").encode()), mtime_ns or now, now, mode,
+             *owner, residency, int(kind is Kind.DIRECTORY), target, rdev, None, *_base(None)),
         )  # fmt: skip
         self.touch(parent.ino, now)
         node = self.at(path)
@@ -164,7 +182,7 @@ class Catalog:
         cursor = self.db.execute(
             _INSERT,
             (above, parent.rpartition("/")[2], parent, Kind.DIRECTORY, 0, now, now, DIRECTORY_MODE, -1, -1,
-             Residency.CLEAN, 0, None, None, None, None, None),
+             Residency.CLEAN, 0, None, 0, None, *_base(None)),
         )  # fmt: skip
         return int(cursor.lastrowid or 0)
 
@@ -179,16 +197,50 @@ class Catalog:
 
     def add_remote(self, parent: int, entry: IndexEntry, partition: str, now: int) -> int:
         """Insert a file as its index entry describes it; returns its inode."""
+        mode, uid, gid, _, link = entry.posix or NO_POSIX
+        usual = FILE_MODE if link is None else LINK_MODE
         cursor = self.db.execute(
             _INSERT,
-            (parent, entry.path.rpartition("/")[2], entry.path, Kind.FILE, entry.size, entry.mtime_ns or now, now,
-             FILE_MODE, -1, -1, Residency.STUB, 0, partition, *_base(entry)),
+            (parent, entry.path.rpartition("/")[2], entry.path, entry.kind, entry.size, entry.mtime_ns or now, now,
+             usual if mode is None else mode, -1 if uid is None else uid, -1 if gid is None else gid, Residency.STUB, 0,
+             link, 0, partition, *_base(entry)),
         )  # fmt: skip
         return int(cursor.lastrowid or 0)
 
     def remove(self, node: Node) -> None:
-        self.db.execute("DELETE FROM node WHERE ino = ?", (node.ino,))
+        self.drop(node)
         self.touch(node.parent, time.time_ns())
+
+    def drop(self, node: Node) -> None:
+        """Remove a name; the inode stays under its others."""
+        self.db.execute("DELETE FROM node WHERE ino = ?", (node.row,))
+        if node.is_dir or node.links == 1:
+            return
+        if node.row == node.ino:
+            heir = self.db.execute("SELECT min(ino) FROM node WHERE shared = ?", (node.ino,)).fetchone()[0]
+            self.db.execute("UPDATE node SET ino = ?, shared = NULL WHERE ino = ?", (node.ino, heir))
+        self.db.execute(
+            f"UPDATE node SET links = links - 1, ctime_ns = ? WHERE {_INODE}", (time.time_ns(), node.ino, node.ino)
+        )
+
+    def add_link(self, node: Node, path: RelPath, residency: Residency) -> None:
+        """One more name of an inode; its parent must exist. It is published, or not, for itself."""
+        parent = self.at(parent_of(path))
+        assert parent is not None
+        now = time.time_ns()
+        self.db.execute(
+            "INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, target,"
+            " rdev, atime_ns, links, shared) SELECT ?, ?, ?, kind, size, mtime_ns, ctime_ns, mode, uid, gid, ?, target,"
+            " rdev, atime_ns, links, ? FROM node WHERE ino = ?",
+            (parent.ino, path.rpartition("/")[2], path, residency, node.ino, node.ino),
+        )
+        self.db.execute(f"UPDATE node SET links = links + 1, ctime_ns = ? WHERE {_INODE}", (now, node.ino, node.ino))
+        self.touch(parent.ino, now)
+
+    def names(self, ino: int) -> list[RelPath]:
+        """Every path of an inode."""
+        rows = self.db.execute(f"SELECT path FROM node WHERE {_INODE} ORDER BY path", (ino, ino)).fetchall()
+        return [RelPath(row[0]) for row in rows]
 
     def move(self, node: Node, target: RelPath) -> None:
         """Rename an entry and everything below it; the inode stays. The target name must be free."""
@@ -197,7 +249,7 @@ class Catalog:
         now = time.time_ns()
         self.db.execute(
             "UPDATE node SET parent = ?, name = ?, path = ?, ctime_ns = ?, explicit = 1 WHERE ino = ?",
-            (parent.ino, target.rpartition("/")[2], target, now, node.ino),
+            (parent.ino, target.rpartition("/")[2], target, now, node.row),
         )
         self.db.execute(
             "UPDATE node SET path = ? || substr(path, ?) WHERE path >= ? AND path < ?",
@@ -209,16 +261,14 @@ class Catalog:
     def unpublish(self, path: RelPath) -> None:
         """The files at or below a path are new local content: no base, dirty."""
         self.db.execute(
-            "UPDATE node SET residency = ?, partition = NULL, base_size = NULL, base_sha256 = NULL,"
-            " base_modified = NULL, base_mtime = NULL"
-            " WHERE (path = ? OR (path >= ? AND path < ?)) AND kind = ?",
-            (Residency.DIRTY, path, f"{path}/", f"{path}0", Kind.FILE),
+            f"UPDATE node SET residency=?, {_SET_BASE} WHERE (path = ? OR (path >= ? AND path < ?)) AND {_PUBLISHED}",
+            (Residency.DIRTY, None, *_base(None), path, f"{path}/", f"{path}0"),
         )
 
     def adopt_base(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
         """Local content that will replace a published entry keeps what it is based on."""
         self.db.execute(
-            "UPDATE node SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=? WHERE path=?",
+            f"UPDATE node SET {_SET_BASE} WHERE path=?",
             (partition if base else None, *_base(base), path),
         )
 
@@ -227,26 +277,41 @@ class Catalog:
 
     def set_content(self, ino: int, size: int, mtime_ns: int, residency: Residency) -> None:
         self.db.execute(
-            "UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, residency = ? WHERE ino = ?",
-            (size, mtime_ns, time.time_ns(), residency, ino),
+            f"UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, residency = ? WHERE {_INODE}",
+            (size, mtime_ns, time.time_ns(), residency, ino, ino),
         )
 
     def set_residency(self, ino: int, residency: Residency) -> None:
-        self.db.execute("UPDATE node SET residency = ? WHERE ino = ?", (residency, ino))
+        self.db.execute(f"UPDATE node SET residency = ? WHERE {_INODE}", (residency, ino, ino))
 
-    def set_attributes(
-        self, ino: int, *, mode: int | None, uid: int | None, gid: int | None, mtime_ns: int | None
-    ) -> None:
+    def set_attributes(self, ino: int, change: Change) -> None:
         self.db.execute(
             "UPDATE node SET mode = coalesce(?, mode), uid = coalesce(?, uid), gid = coalesce(?, gid),"
-            " mtime_ns = coalesce(?, mtime_ns), ctime_ns = ? WHERE ino = ?",
-            (mode, uid, gid, mtime_ns, time.time_ns(), ino),
+            " mtime_ns = coalesce(?, mtime_ns), atime_ns = coalesce(?, atime_ns), ctime_ns = ?"
+            f" WHERE {_INODE}",
+            (change.mode, change.uid, change.gid, change.mtime_ns, change.atime_ns, time.time_ns(), ino, ino),
         )
+
+    def adopt_posix(self, node: Node, entry: IndexEntry) -> bool:
+        """Another machine changed attributes of unchanged content; returns whether something is different now."""
+        if entry.posix is None or (entry.posix == node.base_posix and entry.local_mtime == node.base_mtime):
+            return False
+        mode, uid, gid, _, _ = entry.posix
+        self.set_attributes(
+            node.ino,
+            Change(
+                mode=FILE_MODE if mode is None else mode,
+                uid=-1 if uid is None else uid,
+                gid=-1 if gid is None else gid,
+                mtime_ns=entry.mtime_ns or None,
+            ),
+        )
+        return True
 
     def settle(self, entry: IndexEntry, partition: str, *, clean: bool) -> None:
         """A push made this entry the remote truth of its path; ``clean`` if nothing was written since."""
         self.db.execute(
-            "UPDATE node SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=? WHERE path=?",
+            f"UPDATE node SET {_SET_BASE} WHERE path=?",
             (partition, *_base(entry), entry.path),
         )
         if clean:
@@ -259,6 +324,10 @@ class Catalog:
         """Give up local content of a path: it becomes the remote's file again, or disappears."""
         if entry is None:
             self.remove(node)
+            return
+        if node.links > 1:
+            self.drop(node)
+            self.add_remote(node.parent, entry, partition, time.time_ns())
             return
         self.settle(entry, partition, clean=False)
         self.set_content(node.ino, entry.size, entry.mtime_ns or time.time_ns(), Residency.STUB)
@@ -353,16 +422,18 @@ class Catalog:
         self.db.executemany("INSERT OR REPLACE INTO finding VALUES (?, ?, ?, ?)", findings)
 
 
-def _base(entry: IndexEntry | None) -> tuple[int | None, str | None, str | None, str | None]:
+def _base(entry: IndexEntry | None) -> tuple[int | None, str | None, str | None, str | None, str | None]:
     if entry is None:
-        return (None, None, None, None)
-    return (entry.size, entry.sha256, entry.last_modified, entry.local_mtime)
+        return (None, None, None, None, None)
+    return (entry.size, entry.sha256, entry.last_modified, entry.local_mtime, encode_posix(entry.posix))
 
 
 def _row_node(row: tuple[Any, ...]) -> Node:
     """The column order of ``_NODE`` is the field order of :class:`Node`."""
     values = list(row)
     values[4], values[11] = Kind(row[4]), Residency(row[11])
+    if row[17] is not None:
+        values[17] = decode_posix(row[17])
     return Node._make(values)
 
 

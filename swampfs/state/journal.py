@@ -12,11 +12,21 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from swampfs.names import RelPath
 from swampfs.records import DirtyPath, IndexEntry, Intent, Op
-from swampfs.state.schema import JOURNAL, JOURNAL_VERSION, SchemaError, open_database, set_aside, transaction
+from swampfs.state.schema import (
+    JOURNAL,
+    JOURNAL_VERSION,
+    SchemaError,
+    decode_posix,
+    encode_posix,
+    open_database,
+    set_aside,
+    transaction,
+)
 
-_COLUMNS = "path, op, generation, partition, base_size, base_sha256, base_modified, base_mtime"
+_COLUMNS = "path, op, generation, partition, base_size, base_sha256, base_modified, base_mtime, base_posix"
+_SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
 _UPSERT = f"""
-INSERT INTO dirty ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO dirty ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (path) DO UPDATE SET op = excluded.op, generation = excluded.generation,
     was_deleted = CASE WHEN dirty.op = 'delete' AND excluded.op = 'write' THEN 1 ELSE dirty.was_deleted END
 """
@@ -69,6 +79,14 @@ class Journal:
         if self.is_announced(path):
             return
         self._put(path, Op.WRITE, base, partition)
+
+    def mark_attributes(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
+        """Announce that mode, owner or time of a published path change, and its bytes do not."""
+        op = self._ops.get(path)
+        if op is Op.WRITE:
+            self.mark_write(path, base, partition)  # if that is being pushed: once more
+        elif (op is None and base is not None) or path in self._sealed:
+            self._put(path, Op.ATTRIBUTES, base, partition)
 
     def mark_delete(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:
         """Announce a removal. A path that surely never was in the datastore is simply forgotten."""
@@ -159,7 +177,7 @@ class Journal:
     def rebase(self, record: DirtyPath, base: IndexEntry, partition: str | None) -> DirtyPath:
         """The remote turned out to hold an earlier version of ours: later versions start from that."""
         self._db.execute(
-            "UPDATE dirty SET partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=? WHERE path=?",
+            f"UPDATE dirty SET {_SET_BASE} WHERE path=?",
             (*_base_columns(base, partition), record.path),
         )
         return record._replace(base=base, partition=partition)
@@ -180,8 +198,7 @@ class Journal:
                     self._ops.pop(record.path, None)
                 else:
                     self._db.execute(
-                        "UPDATE dirty SET was_deleted=0, sent_size=NULL, sent_sha256=NULL, partition=?, base_size=?,"
-                        " base_sha256=?, base_modified=?, base_mtime=? WHERE path = ?",
+                        f"UPDATE dirty SET was_deleted=0, sent_size=NULL, sent_sha256=NULL, {_SET_BASE} WHERE path = ?",
                         (*_base_columns(entry, partition), record.path),
                     )
         self._sealed.difference_update(record.path for record, _, _ in done)
@@ -200,18 +217,19 @@ class Journal:
 
 def _base_columns(
     base: IndexEntry | None, partition: str | None
-) -> tuple[str | None, int | None, str | None, str | None, str | None]:
+) -> tuple[str | None, int | None, str | None, str | None, str | None, str | None]:
     if base is None:
-        return (None, None, None, None, None)
-    return (partition, base.size, base.sha256, base.last_modified, base.local_mtime)
+        return (None, None, None, None, None, None)
+    return (partition, base.size, base.sha256, base.last_modified, base.local_mtime, encode_posix(base.posix))
 
 
 def _dirty_path(row: sqlite3.Row | tuple[object, ...]) -> DirtyPath:
-    path, op, generation, partition, size, sha256, modified, mtime = row
+    path, op, generation, partition, size, sha256, modified, mtime, posix = row
     rel = RelPath(str(path))
     base = None
     if isinstance(size, int):
-        base = IndexEntry(rel, size, str(modified or ""), _text(mtime), _text(sha256))
+        known = decode_posix(_text(posix))
+        base = IndexEntry(rel, size, str(modified or ""), _text(mtime), _text(sha256), known)
     return DirtyPath(rel, Op(op), int(str(generation)), base, _text(partition))
 
 

@@ -7,6 +7,7 @@ the library's manifest, whose marks the fsynced sidecar backs.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
@@ -14,11 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from swampfs.errors import StateError
+from swampfs.records import Posix
 
-CATALOG_VERSION = 1
-JOURNAL_VERSION = 1
+CATALOG_VERSION = 2
+JOURNAL_VERSION = 2
 
-CATALOG = """
+_LINKS = """
+CREATE INDEX node_shared ON node (shared) WHERE shared IS NOT NULL;
+CREATE TRIGGER directory_made AFTER INSERT ON node WHEN NEW.kind = 2 AND NEW.parent <> NEW.ino
+BEGIN UPDATE node SET links = links + 1 WHERE ino = NEW.parent; END;
+CREATE TRIGGER directory_removed AFTER DELETE ON node WHEN OLD.kind = 2
+BEGIN UPDATE node SET links = links - 1 WHERE ino = OLD.parent; END;
+CREATE TRIGGER directory_moved AFTER UPDATE OF parent ON node WHEN NEW.kind = 2 AND NEW.parent <> OLD.parent
+BEGIN
+    UPDATE node SET links = links - 1 WHERE ino = OLD.parent;
+    UPDATE node SET links = links + 1 WHERE ino = NEW.parent;
+END;
+"""
+CATALOG = (
+    """
 CREATE TABLE node (
     ino           INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused: it is the kernel's inode number
     parent        INTEGER NOT NULL,
@@ -38,6 +53,12 @@ CREATE TABLE node (
     base_sha256   TEXT,
     base_modified TEXT,
     base_mtime    TEXT,
+    base_posix    TEXT,                               -- JSON of records.Posix
+    target        TEXT,                               -- of a symbolic link
+    rdev          INTEGER NOT NULL DEFAULT 0,
+    atime_ns      INTEGER,                            -- NULL: never set
+    links         INTEGER NOT NULL DEFAULT 1,         -- of a directory: 1 and its subdirectories
+    shared        INTEGER,                            -- a further name of this inode, whose own row has NULL here
     UNIQUE (parent, name)
 ) STRICT;
 CREATE INDEX node_partition ON node (partition) WHERE partition IS NOT NULL;
@@ -48,6 +69,8 @@ CREATE TABLE finding (
 CREATE TABLE parked (path TEXT PRIMARY KEY, lost INTEGER NOT NULL DEFAULT 0) STRICT;  -- spec H6: our entries in _root
 CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
+    + _LINKS
+)
 
 MANIFEST_VERSION = 1
 MANIFEST = """
@@ -101,12 +124,31 @@ CREATE TABLE dirty (
     base_sha256   TEXT,
     base_modified TEXT,
     base_mtime    TEXT,
+    base_posix    TEXT,
     sent_size     INTEGER,                            -- what a push uploaded and meant to commit: if its outcome was
     sent_sha256   TEXT,                               -- lost, finding this in the index is no conflict
     was_deleted   INTEGER NOT NULL DEFAULT 0          -- 1: a removal that became a write before it was pushed
 ) STRICT;
 CREATE TABLE intent (id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, target TEXT NOT NULL) STRICT;
 """
+
+
+UPGRADES = {
+    CATALOG: """
+ALTER TABLE node ADD COLUMN base_posix TEXT;
+ALTER TABLE node ADD COLUMN target TEXT;
+ALTER TABLE node ADD COLUMN rdev INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE node ADD COLUMN atime_ns INTEGER;
+ALTER TABLE node ADD COLUMN links INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE node ADD COLUMN shared INTEGER;
+UPDATE node SET links = 1 + (SELECT count(*) FROM node AS below WHERE below.parent = node.ino AND below.kind = 2)
+    WHERE kind = 2;
+UPDATE node SET links = links - 1 WHERE ino = parent;
+"""
+    + _LINKS,
+    JOURNAL: "ALTER TABLE dirty ADD COLUMN base_posix TEXT;",
+}
+"""Schema → what makes it of the version before."""
 
 
 class SchemaError(Exception):
@@ -126,6 +168,8 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables == 0:
             db.executescript(f"BEGIN; {schema} PRAGMA user_version={version}; COMMIT;")
+        elif found == version - 1 and schema in UPGRADES:
+            db.executescript(f"BEGIN; {UPGRADES[schema]} PRAGMA user_version={version}; COMMIT;")
         elif found != version:
             raise SchemaError(f"{path} has schema {found}, expected {version}")
         elif db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
@@ -140,6 +184,14 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
         db.close()
         raise
     return db
+
+
+def encode_posix(posix: Posix | None) -> str | None:
+    return None if posix is None else json.dumps(posix)
+
+
+def decode_posix(text: str | None) -> Posix | None:
+    return None if text is None else Posix._make(json.loads(text))
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -7,13 +7,13 @@ compact UTF-8. Documents are kept as the JSON they were, so that fields of other
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from swampfs.errors import HostileNameError, IndexCorruptError, IndexVersionError
-from swampfs.names import RelPath, index_path
-from swampfs.records import Finding, IndexEntry, IndexMode
+from swampfs.names import MAX_LINK, RelPath, index_path
+from swampfs.records import Finding, IndexEntry, IndexMode, Posix
 
 MONOLITH = ""
 """Partition name under which the monolith's (or a listing's) entries are filed in the catalog."""
@@ -116,14 +116,43 @@ def _entry(path: RelPath, raw: object) -> IndexEntry:
     sha256 = raw.get("sha256")
     if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64 and _HEX.issuperset(sha256)):
         raise IndexCorruptError(f"its sha256 is {str(sha256)[:80]!r}")
-    modified, mtime = raw.get("lastModified"), raw.get("localMtime")
+    modified, mtime, posix = raw.get("lastModified"), raw.get("localMtime"), raw.get("posix")
     return IndexEntry(
         path,
         size,
         modified if isinstance(modified, str) else "",
         mtime if isinstance(mtime, str) else None,
         sha256,
+        None if posix is None else _posix(posix),
     )
+
+
+def _posix(raw: object) -> Posix | None:
+    """``None`` for whatever is not ours: it is a remark about the file, not the file."""
+    try:
+        posix = msgspec.convert(raw, _WirePosix)
+    except msgspec.ValidationError:
+        return None
+    return Posix(posix.mode, posix.uid, posix.gid, posix.ns, posix.link)
+
+
+class _WirePosix(msgspec.Struct):
+    mode: Annotated[int, msgspec.Meta(ge=0, le=0o7777)] | None = None
+    uid: Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)] | None = None
+    gid: Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)] | None = None
+    ns: Annotated[int, msgspec.Meta(ge=0, lt=1_000_000)] = 0
+    link: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_LINK, pattern=r"^[^\0]+$")] | None = None
+
+
+def _wire_posix(posix: Posix | None, previous: object) -> dict[str, Any]:
+    """A writer that knows nothing of it leaves mode and owner as they were; the rest was of the former content."""
+    if posix is None:
+        known = previous if isinstance(previous, dict) else {}
+        return {name: value for name, value in known.items() if name not in ("ns", "link")}
+    wire: dict[str, Any] = {name: value for name, value in posix._asdict().items() if value is not None}
+    if not posix.ns:
+        del wire["ns"]
+    return wire
 
 
 def decode_entry(document: dict[str, Any], path: RelPath) -> IndexEntry | None:
@@ -139,8 +168,11 @@ def encode_entry(entry: IndexEntry, previous: object = None) -> dict[str, Any]:
         wire["localMtime"] = entry.local_mtime
     if entry.sha256 is not None:
         wire["sha256"] = entry.sha256
+    posix = _wire_posix(entry.posix, previous.get("posix") if isinstance(previous, dict) else None)
+    if posix:
+        wire["posix"] = posix
     if isinstance(previous, dict):
-        known = ("key", "size", "lastModified", "localMtime", "sha256")
+        known = ("key", "size", "lastModified", "localMtime", "sha256", "posix")
         wire.update({name: value for name, value in previous.items() if name not in known})
     return wire
 

@@ -222,10 +222,10 @@ class Leases:
     async def _give_back_after_push(self, names: Iterable[RelPath]) -> None:
         """What was acquired for a push and has no writer."""
         for name in names:
-            if name in self._flights:
+            if name in self._flights and name not in self._held:
                 await self._flights[name].done.wait()
             lease = self._held.get(name)
-            if lease is not None and not (lease.fresh or lease.user or lease.pins):
+            if lease is not None and not (lease.fresh or lease.user or lease.pins or name in self._flights):
                 await self._give_back(lease)
 
     async def _acquire_for_push(self, name: RelPath, deadline: float) -> Lease:
@@ -424,8 +424,8 @@ class Leases:
                 if not lease.user and self._is_done(lease):
                     self._start_soon(self._finish, lease, self._part(lease))
 
-    def _is_done(self, lease: Lease) -> bool:
-        if lease.pins or lease.name in self._flights or lease.name in self._leaving:
+    def _is_done(self, lease: Lease) -> bool:  # a flight during its closing waits for that
+        if lease.pins or lease.name in self._leaving or (lease.name in self._flights and not lease.closing):
             return False
         if not self.is_pending(lease.name):
             return lease.has_lingered()

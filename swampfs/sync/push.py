@@ -34,8 +34,21 @@ from swampfs.names import (
     partition_key,
 )
 from swampfs.provider import ALWAYS, IndexTransaction, Precondition
-from swampfs.records import DirtyPath, Finding, IndexEntry, IndexMode, Node, Op, PushReport, TreeChange, timestamp
+from swampfs.records import (
+    DirtyPath,
+    Finding,
+    IndexEntry,
+    IndexMode,
+    Node,
+    Op,
+    Posix,
+    PushReport,
+    TreeChange,
+    timestamp,
+    timestamp_ns,
+)
 from swampfs.state.apply import apply_delta
+from swampfs.state.catalog import FILE_MODE, LINK_MODE
 from swampfs.sync.hydrate import hash_file
 from swampfs.sync.index import MONOLITH
 from swampfs.sync.leases import Leases
@@ -56,6 +69,7 @@ class _Batch:
     deletes: list[DirtyPath] = field(default_factory=list)
     conflicts: list[DirtyPath] = field(default_factory=list)
     present: list[DirtyPath] = field(default_factory=list)  # the remote has these bytes already
+    moot: list[DirtyPath] = field(default_factory=list)  # nothing is left to publish
     entries: dict[RelPath, IndexEntry] = field(default_factory=dict)  # of uploads and present
     failures: list[Exception] = field(default_factory=list)
     changes: list[TreeChange] = field(default_factory=list)
@@ -180,6 +194,9 @@ class Pusher:
         """Decide for each record: upload, delete, already there, or conflict."""
         for record in batch.records:
             current = self._current(transaction, record.path)
+            if record.op is Op.ATTRIBUTES:
+                self._sort_attributes(batch, record, None if transaction.in_place else current)
+                continue
             unchanged = current is None if record.base is None else record.base.same_content(current)
             if not unchanged and current is not None and await self._was_sent(record, current):
                 # Our own earlier version, whose commit was not answered: what we have now starts from that.
@@ -191,9 +208,37 @@ class Pusher:
                 batch.uploads.append(record)
             elif await self._holds_same(record, current):
                 batch.present.append(record)
-                batch.entries[record.path] = current
+                batch.entries[record.path] = current._replace(posix=self._posix(record.path, None))
             else:
                 batch.conflicts.append(record)
+
+    def _sort_attributes(self, batch: _Batch, record: DirtyPath, current: IndexEntry | None) -> None:
+        """Attributes of content that is still there; a directory keeps no others than its own."""
+        node = self._catalog.at(record.path)
+        if current is None or node is None or not current.same_content(node.base):
+            # Gone, or other content by now, which the next poll brings here with its own attributes.
+            batch.moot.append(record)
+            self._catalog.read_again(self._partition(record.path))
+            return
+        exact = timestamp_ns(current.local_mtime) is not None
+        posix = self._posix(record.path, node.mtime_ns if exact else None)
+        mtime = timestamp(node.mtime_ns) if exact else current.local_mtime
+        batch.present.append(record)
+        batch.entries[record.path] = current._replace(local_mtime=mtime, posix=posix)
+
+    def _posix(self, path: RelPath, mtime_ns: int | None) -> Posix:
+        """What the catalog says of a file, as far as it is not the usual."""
+        node = self._catalog.at(path)
+        if node is None:
+            return Posix()
+        usual = FILE_MODE if node.target is None else LINK_MODE
+        return Posix(
+            mode=None if node.mode == usual else node.mode,
+            uid=None if node.uid < 0 else node.uid,
+            gid=None if node.gid < 0 else node.gid,
+            ns=0 if mtime_ns is None else mtime_ns % 1_000_000,
+            link=node.target,
+        )
 
     def _current(self, transaction: IndexTransaction, path: RelPath) -> IndexEntry | None:
         try:
@@ -280,7 +325,8 @@ class Pusher:
                 return None  # changed since the seal: the copy may be of half a change
             self._journal.note_sent(record, size, sha256)
             info = await self._remote.put(key, staged, when)
-            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256)
+            posix = self._posix(record.path, mtime_ns)
+            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix)
         except FileNotFoundError:
             self._lost(record)
             return None
@@ -345,6 +391,7 @@ class Pusher:
         for record in (*batch.uploads, *batch.present):
             done.append((record, batch.entries[record.path], self._partition(record.path)))
         done += [(record, None, None) for record in batch.deletes]
+        done += [(record, record.base, record.partition) for record in batch.moot]
         self._catalog.epoch += 1
         with self._catalog.transaction():
             for record, entry, partition in done:

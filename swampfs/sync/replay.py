@@ -62,6 +62,10 @@ def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath
             if node is not None:
                 catalog.remove(node)
         return
+    if record.op is Op.ATTRIBUTES:
+        if node is None:
+            journal.forget(record.path)
+        return
     stat = cache.stat(record.path)
     if stat is None and journal.was_deleted(record.path):
         # Removed, then about to be made again: the removal was acknowledged, the new file was not.
@@ -82,6 +86,7 @@ def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath
         return
     with catalog.transaction():
         if node is None:
+            cache.unshare(record.path)  # a link that was begun: the catalog knows of two files
             catalog.make_parents(record.path)
             node = catalog.add(record.path, Kind.FILE, mode=FILE_MODE)
             catalog.adopt_base(record.path, record.base, record.partition)
@@ -111,6 +116,7 @@ def _walk(catalog: Catalog, cache: CacheDir, journal: Journal, *, changes_possib
     """
     log.info("the catalog was rebuilt: comparing local files with the index")
     for path in list(cache.walk()):
+        cache.unshare(path)
         node = catalog.at(path)
         if path in journal or (node is not None and node.is_dir):
             continue

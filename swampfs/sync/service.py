@@ -186,6 +186,14 @@ class SyncService:
             self.sidecar.mark_bulk()
         self.journal.mark_delete(node.path, node.base, node.partition)
 
+    def mark_attributes(self, node: Node) -> None:
+        """Durable before return: mode, owner or time of this file are about to be others than those published."""
+        if is_scratch(node.path) or (node.base is None and node.path not in self.journal):
+            return
+        if len(self.journal) == 0:
+            self.sidecar.mark_bulk()
+        self.journal.mark_attributes(node.path, node.base, node.partition)
+
     async def hydrate_file(self, path: RelPath) -> None:
         """See :meth:`swampfs.sync.hydrate.Hydrator.hydrate`."""
         await self.hydrator.hydrate(path)

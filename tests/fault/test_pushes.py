@@ -225,7 +225,7 @@ def test_a_migration_to_shards_during_the_upload_is_noticed(store, tmp_path):
     assert indexed(Store(store))["audit/a.jsonl"] == entry("audit/a.jsonl", b"ours") | {
         key: value
         for key, value in indexed(Store(store))["audit/a.jsonl"].items()
-        if key in ("lastModified", "localMtime")
+        if key in ("lastModified", "localMtime", "posix")
     }
 
 

@@ -149,10 +149,37 @@ def test_times_modes_and_sizes_are_kept_and_survive_a_remount(fleet, store_dir):
     machine.umount()
 
 
-def test_links_are_refused_with_eperm(mount):
+def test_hard_links_share_one_content_until_the_last_is_gone(mount):
     (mount / "f").write_text("x")
-    raises(errno.EPERM, os.symlink, "f", mount / "link")
-    raises(errno.EPERM, os.link, mount / "f", mount / "hard")
+    os.link(mount / "f", mount / "hard")
+    (mount / "deep").mkdir()
+    os.link(mount / "hard", mount / "deep/third")
+    names = [mount / "f", mount / "hard", mount / "deep/third"]
+    assert len({path.stat().st_ino for path in names}) == 1 and {path.stat().st_nlink for path in names} == {3}
+    with open(mount / "hard", "a") as file:
+        file.write("y")
+    names[2].chmod(0o600)
+    assert [path.read_text() for path in names] == ["xy"] * 3 and names[0].stat().st_mode & 0o777 == 0o600
+    ino = names[0].stat().st_ino
+    with open(mount / "f", "r+") as held:
+        (mount / "f").unlink()
+        held.seek(0, os.SEEK_END)
+        held.write("z")
+        held.flush()
+        assert [path.read_text() for path in names[1:]] == ["xyz"] * 2
+    assert {(path.stat().st_ino, path.stat().st_nlink) for path in names[1:]} == {(ino, 2)}
+    (mount / "other").write_text("over")
+    os.rename(mount / "other", mount / "hard")
+    assert (names[2].read_text(), names[2].stat().st_nlink, (mount / "hard").read_text()) == ("xyz", 1, "over")
+    raises(errno.EEXIST, os.link, names[2], mount / "hard")
+    raises(errno.EPERM, os.link, mount / "deep", mount / "no")
+
+
+def test_a_link_over_its_own_inode_changes_nothing(mount):
+    (mount / "a").write_text("x")
+    os.link(mount / "a", mount / "b")
+    os.rename(mount / "a", mount / "b")
+    assert sorted(os.listdir(mount)) == ["a", "b"]
 
 
 def test_a_shared_mapping_writes_through(mount):

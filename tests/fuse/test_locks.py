@@ -274,6 +274,18 @@ def test_a_writer_waits_for_another_machine_and_goes_on_from_its_version(two):
     assert a.status()["conflicts"] == b.status()["conflicts"] == 0
 
 
+def test_a_writer_at_work_for_long_is_never_held_up_by_its_own_mount(two):
+    a, b = two
+    longest, until, number = 0.0, time.monotonic() + 9, 0  # a lock is closed to new writers after five seconds
+    while time.monotonic() < until:
+        began = time.monotonic()
+        (a.path / MODEL / "n/1/raw").write_text(str(number))
+        longest, number = max(longest, time.monotonic() - began), number + 1
+    assert longest < 3, f"one of {number} writes took {longest:.1f} s"
+    a.flush()
+    wait_for(lambda: (b.path / MODEL / "n/1/raw").read_text() == str(number - 1), "the last one arrives")
+
+
 def test_a_writer_that_waited_too_long_gets_ebusy_and_the_holder_is_named(bucket, fleet):
     load_shards(bucket, FILES)
     a = fleet.machine("a", bucket.env, options=("--refresh", "300ms", "--push-delay", "100ms", "--timeout", "2s"))

@@ -14,6 +14,7 @@ from swampfs.records import (
     IndexDelta,
     IndexEntry,
     IndexMode,
+    Kind,
     Op,
     Partition,
     Residency,
@@ -189,3 +190,28 @@ def test_the_sidecar_keeps_every_field_and_never_trusts_a_damaged_file(tmp_path)
     for text in ("", "[]", '{"version":1}', '{"version":2,"localDirty":"yes"}'):
         path.write_text(text)
         assert Sidecar(str(tmp_path)).dirty
+
+
+def test_state_of_the_version_before_is_brought_up_to_date(tmp_path):
+    catalog, journal = Catalog(f"{tmp_path}/catalog.db"), Journal(f"{tmp_path}/journal.db")
+    catalog.add(RelPath("d"), Kind.DIRECTORY, mode=0o700)
+    catalog.add(RelPath("d/e"), Kind.DIRECTORY, mode=0o700)
+    catalog.add(RelPath("f"), Kind.FILE, mode=0o640)
+    journal.mark_write(RelPath("f"), None, None)
+    for trigger in ("directory_made", "directory_removed", "directory_moved"):
+        catalog.db.execute(f"DROP TRIGGER {trigger}")
+    catalog.db.execute("DROP INDEX node_shared")
+    for column in ("base_posix", "target", "rdev", "atime_ns", "links", "shared"):
+        catalog.db.execute(f"ALTER TABLE node DROP COLUMN {column}")
+    journal._db.execute("ALTER TABLE dirty DROP COLUMN base_posix")
+    for db in (catalog.db, journal._db):
+        db.execute("PRAGMA user_version=1")
+    catalog.close()
+    journal.close()
+    catalog, journal = Catalog(f"{tmp_path}/catalog.db"), Journal(f"{tmp_path}/journal.db")
+    assert not catalog.rebuilt and not journal.lost
+    found = {path: catalog.at(path) for path in ("", "d", "d/e", "f")}
+    assert [node.links for node in found.values()] == [2, 2, 1, 1]
+    assert found["f"].mode == 0o640 and "f" in journal
+    catalog.close()
+    journal.close()
