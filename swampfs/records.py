@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from swampfs.names import RelPath
 
+_UNKNOWN_NS = 365 * 86_400_000_000_000  # some writers say the epoch where they know no time
 _LAST_NS = 253_402_300_799_999_000_000  # end of the year 9999; file times can be further out
 
 
@@ -20,12 +21,18 @@ def timestamp(ns: int) -> str:
 
 
 def timestamp_ns(text: str | None) -> int | None:
-    """Inverse of :func:`timestamp`; ``None`` when the text is not such a time."""
+    """Inverse of :func:`timestamp`; ``None`` when the text is not such a time, or one of the epoch's first year."""
+    ns = instant_ns(text)
+    return None if ns is None or ns < _UNKNOWN_NS else ns
+
+
+def instant_ns(text: str | None) -> int | None:
+    """As :func:`timestamp_ns`, for a writer that means what it says: build tools set times of the epoch itself."""
     try:
         moment = datetime.fromisoformat(text or "")
     except ValueError:
         return None
-    if moment.tzinfo is None or moment.year < 1971:
+    if moment.tzinfo is None or moment.year < 1970:
         return None
     return int(moment.replace(microsecond=0).timestamp()) * 1_000_000_000 + moment.microsecond * 1000
 
@@ -59,12 +66,13 @@ class IndexEntry(NamedTuple):
         return self.last_modified == other.last_modified
 
     @property
-    def mtime_ns(self) -> int:
-        """Modification time shown to users: the pusher's file time, else the time of upload."""
-        exact = timestamp_ns(self.local_mtime)
-        if exact is not None:
-            return exact + (self.posix.ns if self.posix is not None else 0)
-        return timestamp_ns(self.last_modified) or 0
+    def mtime_ns(self) -> int | None:
+        """Modification time shown to users: the pusher's file time, else the time of upload, if that is known."""
+        if self.posix is not None:
+            exact = instant_ns(self.local_mtime)
+            if exact is not None:
+                return exact + self.posix.ns
+        return timestamp_ns(self.local_mtime) or timestamp_ns(self.last_modified)
 
     @property
     def kind(self) -> Kind:

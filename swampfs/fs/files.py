@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -239,7 +238,8 @@ class Files:
             os.close(self._sync.cache.create(node.path))  # whether or not there is content here
         else:
             os.truncate(self._sync.cache.path(node.path), size)
-        self._sync.catalog.set_content(node.ino, size, time.time_ns(), Residency.DIRTY)
+        mtime_ns = os.stat(self._sync.cache.path(node.path), follow_symlinks=False).st_mtime_ns
+        self._sync.catalog.set_content(node.ino, size, mtime_ns, Residency.DIRTY)
         self._changed(node)
 
     async def make_local(self, node: Node) -> Node:

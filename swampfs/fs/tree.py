@@ -104,10 +104,12 @@ class Tree:
         fd = self._sync.cache.create(path)
         try:
             os.write(fd, body)
+            mtime_ns = os.fstat(fd).st_mtime_ns
         finally:
             os.close(fd)
+        self._catalog.set_content(node.ino, len(body), mtime_ns, Residency.DIRTY)
         self._on_dirty(path)
-        return node
+        return node._replace(mtime_ns=mtime_ns)
 
     def mknod(self, parent: Node, name: str, mode: int, rdev: int, owner: tuple[int, int]) -> Node:
         path = self.child_path(parent, name)

@@ -108,7 +108,7 @@ class _Work:
             self._directories[directory] = parent
             self._note_created(missing)
         ino = self._catalog.add_remote(parent, entry, partition, self._now)
-        self._newest[parent] = max(self._newest.get(parent, 0), entry.mtime_ns if self.fresh else self._now)
+        self._newest[parent] = max(self._newest.get(parent, 0), (entry.mtime_ns or 0) if self.fresh else self._now)
         if not self.fresh:
             self._applied.changes.append(TreeChange(parent, entry.path.rpartition("/")[2], ino))
         return True

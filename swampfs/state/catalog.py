@@ -201,7 +201,7 @@ class Catalog:
         usual = FILE_MODE if link is None else LINK_MODE
         cursor = self.db.execute(
             _INSERT,
-            (parent, entry.path.rpartition("/")[2], entry.path, entry.kind, entry.size, entry.mtime_ns or now, now,
+            (parent, entry.path.rpartition("/")[2], entry.path, entry.kind, entry.size, _time(entry), now,
              usual if mode is None else mode, -1 if uid is None else uid, -1 if gid is None else gid, Residency.STUB, 0,
              link, 0, partition, *_base(entry)),
         )  # fmt: skip
@@ -303,7 +303,7 @@ class Catalog:
                 mode=FILE_MODE if mode is None else mode,
                 uid=-1 if uid is None else uid,
                 gid=-1 if gid is None else gid,
-                mtime_ns=entry.mtime_ns or None,
+                mtime_ns=entry.mtime_ns,
             ),
         )
         return True
@@ -330,7 +330,7 @@ class Catalog:
             self.add_remote(node.parent, entry, partition, time.time_ns())
             return
         self.settle(entry, partition, clean=False)
-        self.set_content(node.ino, entry.size, entry.mtime_ns or time.time_ns(), Residency.STUB)
+        self.set_content(node.ino, entry.size, _time(entry), Residency.STUB)
 
     # --- what is known of the remote ----------------------------------------------------------------------
 
@@ -420,6 +420,10 @@ class Catalog:
 
     def report(self, findings: Iterable[Finding]) -> None:
         self.db.executemany("INSERT OR REPLACE INTO finding VALUES (?, ?, ?, ?)", findings)
+
+
+def _time(entry: IndexEntry) -> int:
+    return time.time_ns() if entry.mtime_ns is None else entry.mtime_ns
 
 
 def _base(entry: IndexEntry | None) -> tuple[int | None, str | None, str | None, str | None, str | None]:

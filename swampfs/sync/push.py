@@ -45,7 +45,6 @@ from swampfs.records import (
     PushReport,
     TreeChange,
     timestamp,
-    timestamp_ns,
 )
 from swampfs.state.apply import apply_delta
 from swampfs.state.catalog import FILE_MODE, LINK_MODE
@@ -220,11 +219,9 @@ class Pusher:
             batch.moot.append(record)
             self._catalog.read_again(self._partition(record.path))
             return
-        exact = timestamp_ns(current.local_mtime) is not None
-        posix = self._posix(record.path, node.mtime_ns if exact else None)
-        mtime = timestamp(node.mtime_ns) if exact else current.local_mtime
+        posix = self._posix(record.path, node.mtime_ns)
         batch.present.append(record)
-        batch.entries[record.path] = current._replace(local_mtime=mtime, posix=posix)
+        batch.entries[record.path] = current._replace(local_mtime=timestamp(node.mtime_ns), posix=posix)
 
     def _posix(self, path: RelPath, mtime_ns: int | None) -> Posix:
         """What the catalog says of a file, as far as it is not the usual."""
