@@ -14,15 +14,17 @@ import msgspec
 
 from swampfs.errors import AbsentError, PreconditionError, SwampfsError
 from swampfs.names import LEASES, Keyspace, RelPath, lease_path, parent_of, rel_path
-from swampfs.provider import ABSENT, matching
+from swampfs.provider import ABSENT, ObjectInfo, matching
 from swampfs.records import Kind, Residency, TreeChange
 from swampfs.state.catalog import DIRECTORY_MODE, Catalog
+from swampfs.sync.parallel import for_each
 from swampfs.sync.remote import Remote
 from swampfs.threads import Lane
 
 log = logging.getLogger(__name__)
 
 _RECORDS = "_control/swampfs/reserved"
+_AT_ONCE = 16
 
 
 def _scope(name: RelPath) -> str:
@@ -53,6 +55,31 @@ class Reservations:
         listed = _decode(blob.body, name) if blob is not None else []
         if listed is None:
             return []  # unreadable is not empty
+        return self._take_over(name, listed)
+
+    async def load_all(self) -> list[TreeChange]:
+        """For a machine that knows nothing yet: what the records say without any lock. Raises StoreError."""
+        root = self._keys.data(f"{_RECORDS}/")
+        changes: list[TreeChange] = []
+
+        async def load(info: ObjectInfo) -> None:
+            try:
+                blob = await self._remote.get(info.key)
+            except AbsentError:
+                return
+            assert blob is not None
+            scope = info.key[len(root) :].removesuffix(".json")
+            for name in {RelPath(f"{scope}/.lock"), RelPath(f"{LEASES}/{scope}.lock")}:
+                listed = _decode(blob.body, name)
+                if listed:
+                    changes.extend(self._take_over(name, listed))
+
+        errors = await for_each(await self._remote.list(root), load, at_once=_AT_ONCE)
+        if errors:
+            raise errors[0]
+        return changes
+
+    def _take_over(self, name: RelPath, listed: list[RelPath]) -> list[TreeChange]:
         known = self._known(name)
         changes: list[TreeChange] = []
         with self._catalog.transaction():

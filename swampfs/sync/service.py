@@ -145,6 +145,8 @@ class SyncService:
         known = self.catalog.watermark().mode is not IndexMode.UNKNOWN
         try:
             await self.pull_changed()
+            if not known:
+                await self._reservations.load_all()
         except Exception as error:
             if not (known and getattr(error, "retryable", False)):
                 raise

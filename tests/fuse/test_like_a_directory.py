@@ -218,9 +218,11 @@ def test_a_mounted_tree_answers_as_a_plain_directory_does(bucket, fleet):
 
 
 def published(root):
-    """What another machine sees: files with their attributes, and symbolic links."""
+    """What another machine sees: files with their attributes, symbolic links, and directories that are empty."""
     found = {}
     for directory, names, files in os.walk(root):
+        if not names and not files:
+            found[os.path.relpath(directory, root)] = "an empty directory"
         for name in [*names, *files]:
             path = os.path.join(directory, name)
             seen = os.lstat(path)
