@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -220,5 +220,5 @@ def _nothing(path: RelPath) -> None:
     """Nothing becomes dirty where nothing is written."""
 
 
-async def _never(path: RelPath) -> None:
+async def _never(paths: Sequence[RelPath]) -> None:
     """Nothing is published where nothing is written."""

@@ -386,7 +386,7 @@ def _compose(
     locks.publish = lambda lock: _publish(sync.leases, writeback, lock, settings.timeout_s * _LOCK_SHARE)
     if settings.consistency is Consistency.CLOSE_TO_OPEN:
         wait_s = settings.timeout_s * _LOCK_SHARE
-        fs.close_to_open = CloseToOpen(sync, lambda path: writeback.flush([path], wait_s, even_open=True))
+        fs.close_to_open = CloseToOpen(sync, lambda paths: writeback.flush(paths, wait_s, even_open=True))
     operations = Operations(fs, settings.timeout_s, numbers)
     if foreign is None:
         session.mount(operations, settings)

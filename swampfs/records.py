@@ -138,6 +138,8 @@ class Node(NamedTuple):
     rdev: int  # of a device
     atime_ns: int | None  # if it was ever set; reading does not
     links: int  # names of a file; of a directory, 1 and its subdirectories
+    blocks: int | None  # on this machine, if it was written here: it may have holes
+    place: int  # in the listing of its directory: it stays while the name does
     row: int  # of this name; of the first name of an inode, the inode
 
     @property

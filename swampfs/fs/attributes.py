@@ -8,8 +8,9 @@ import stat
 from typing import NamedTuple
 
 from swampfs.errors import FileError
-from swampfs.records import Kind, Node, Residency
+from swampfs.records import Change, Kind, Node, Residency
 
+_LAST_NS = 2**63 - 1
 LOCAL_BASE = 1 << 48
 """Inodes of the local tier are this plus the inode beneath; catalog inodes stay below it."""
 
@@ -73,12 +74,18 @@ def of_node(node: Node, owner: Owner, *, nlink: int | None = None) -> Attributes
         uid=owner.uid if node.uid < 0 else node.uid,
         gid=owner.gid if node.gid < 0 else node.gid,
         size=node.size,
-        blocks=0 if node.residency is Residency.STUB else -(-node.size // 512),
+        blocks=_blocks(node),
         mtime_ns=node.mtime_ns,
         ctime_ns=node.ctime_ns,
         atime_ns=node.mtime_ns if node.atime_ns is None else node.atime_ns,
         rdev=node.rdev,
     )
+
+
+def _blocks(node: Node) -> int:
+    if node.residency is Residency.STUB:
+        return 0
+    return -(-node.size // 512) if node.blocks is None else node.blocks
 
 
 def of_stat(found: os.stat_result, ino: int) -> Attributes:
@@ -106,3 +113,17 @@ def fail(number: int, what: str = "") -> FileError:
 def stale(ino: int) -> FileError:
     """The kernel holds an inode that is gone; ESTALE makes it look the name up again."""
     return FileError(errno.ESTALE, f"inode {ino}")
+
+
+def as_stored(change: Change, owner: Owner) -> Change:
+    """As the catalog keeps it: the mounting user's files have no owner, and a time beyond its range is its end."""
+    return change._replace(
+        uid=-1 if change.uid == owner.uid else change.uid,
+        gid=-1 if change.gid == owner.gid else change.gid,
+        mtime_ns=_in_range(change.mtime_ns),
+        atime_ns=_in_range(change.atime_ns),
+    )
+
+
+def _in_range(ns: int | None) -> int | None:
+    return None if ns is None else max(-_LAST_NS, min(ns, _LAST_NS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 class CloseToOpen:
     """Asks the datastore at each open, and publishes at each close. One request per open."""
 
-    def __init__(self, sync: SyncService, publish: Callable[[RelPath], Awaitable[None]]) -> None:
+    def __init__(self, sync: SyncService, publish: Callable[[Sequence[RelPath]], Awaitable[None]]) -> None:
         self._sync = sync
         self.publish = publish
-        """Commit one file, though it is still open. Raises PushPendingError."""
+        """Commit a file under its names, though it is still open. Raises PushPendingError."""
         self._turn = trio.Lock()
         self._begun = 0
 

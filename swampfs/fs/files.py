@@ -84,10 +84,8 @@ class Files:
 
     def has_changing(self, lock: str) -> bool:
         """Whether a changed file below a lock is still open for writing."""
-        return any(
-            file.writers and file.path in self._sync.journal and lease_path(str(file.path)) == lock
-            for file in self._open.values()
-        )
+        written = [path for ino, file in self._open.items() if file.writers for path in self._names(ino, file)]
+        return any(path in self._sync.journal and lease_path(path) == lock for path in written)
 
     # --- opening ------------------------------------------------------------------------------------------
 
@@ -146,9 +144,20 @@ class Files:
                 return fd
             os.close(fd)
         # Lost or cut short (a power cut, somebody's rm): clean content can be fetched again (architecture §3).
+        if node.links > 1:
+            self._part(node)
+            raise stale(node.ino)
         self._sync.cache.remove(node.path)
         self._sync.catalog.set_residency(node.ino, Residency.STUB)
         return None
+
+    def _part(self, node: Node) -> None:
+        """Names whose shared content is gone have nothing in common any more but what each has in the datastore."""
+        for path in self._sync.catalog.names(node.ino):
+            name = self._sync.catalog.at(path)
+            if name is not None and name.base is not None and name.residency is Residency.CLEAN:
+                self._sync.cache.remove(path)
+                self._sync.catalog.reset_to_remote(name, name.base, name.partition or "")
 
     async def _hydrated(self, node: Node) -> Node:
         while node.residency is Residency.STUB:
@@ -238,8 +247,7 @@ class Files:
             os.close(self._sync.cache.create(node.path))  # whether or not there is content here
         else:
             os.truncate(self._sync.cache.path(node.path), size)
-        mtime_ns = os.stat(self._sync.cache.path(node.path), follow_symlinks=False).st_mtime_ns
-        self._sync.catalog.set_content(node.ino, size, mtime_ns, Residency.DIRTY)
+        self._sync.catalog.set_content(node.ino, os.lstat(self._sync.cache.path(node.path)))
         self._changed(node)
 
     async def make_local(self, node: Node) -> Node:
@@ -258,13 +266,13 @@ class Files:
         self._sync.journal.sync()
         await self._sync.remote.threads.write(Lane.DISK, os.fsync, fd)
 
-    def changed_path(self, number: int) -> RelPath | None:
+    def changed_paths(self, number: int) -> list[RelPath]:
         """Of a handle through which something may have been written that is not published."""
         handle = self._handles[number]
         file = self._open.get(handle.ino)
-        if file is None or not handle.writable or file.path not in self._sync.journal:
-            return None
-        return file.path
+        if file is None or not handle.writable:
+            return []
+        return [path for path in self._names(handle.ino, file) if path in self._sync.journal]
 
     def release(self, number: int) -> None:
         handle = self._handles.pop(number)
@@ -359,20 +367,20 @@ class Files:
         file.changed = True
 
     def _announce(self, node: Node) -> None:
-        for name in self._all(node):
+        for name in self.names_of(node):
             self._sync.mark_dirty(name)
         if node.residency is not Residency.DIRTY or node.links > 1:
             self._sync.catalog.set_residency(node.ino, Residency.DIRTY)
         self._changed(node)
 
-    def _all(self, node: Node) -> list[Node]:
+    def names_of(self, node: Node) -> list[Node]:
         """A file under each of its names."""
         if node.links == 1:
             return [node]
         return [name for path in self._sync.catalog.names(node.ino) if (name := self._sync.catalog.at(path))]
 
     def _changed(self, node: Node) -> None:
-        for name in self._all(node):
+        for name in self.names_of(node):
             self._on_dirty(name.path)
 
     def _record(self, ino: int, file: OpenFile, fd: int) -> None:
@@ -383,6 +391,6 @@ class Files:
         found = os.fstat(fd)
         if node is None or node.kind is not Kind.FILE or node.residency is not Residency.DIRTY:
             return
-        if (node.size, node.mtime_ns) != (found.st_size, found.st_mtime_ns):
-            self._sync.catalog.set_content(ino, found.st_size, found.st_mtime_ns, Residency.DIRTY)
+        if (node.size, node.mtime_ns, node.blocks) != (found.st_size, found.st_mtime_ns, found.st_blocks):
+            self._sync.catalog.set_content(ino, found)
         self._changed(node)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 
 from swampfs.errors import FileError
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, of_stat, stale
@@ -193,9 +194,14 @@ class LocalTier:
 
     def _owned(self, rel: RelPath, mode: int, owner: tuple[int, int]) -> Attributes:
         """What was just made has the mode its maker asked for (the daemon's umask is not theirs), and its owner."""
-        os.chmod(self.path(rel), mode & 0o7777)
+        path = self.path(rel)
+        above = os.stat(os.path.dirname(path))
+        if above.st_mode & stat.S_ISGID:
+            owner = owner[0], above.st_gid
+            mode |= stat.S_ISGID if os.path.isdir(path) else 0
         if os.geteuid() == 0:
-            os.chown(self.path(rel), *owner)
+            os.chown(path, *owner)
+        os.chmod(path, mode & 0o7777)
         return self._existing(rel)
 
     def _drop(self, rel: RelPath) -> None:

@@ -66,10 +66,13 @@ class Tree:
 
     def mkdir(self, parent: Node, name: str, mode: int, owner: tuple[int, int]) -> Node:
         path = self.child_path(parent, name)
+        mode |= parent.mode & stat.S_ISGID
         if self._catalog.child(parent.ino, name) is not None:
             raise fail(errno.EEXIST, path)
         with self._catalog.transaction():
-            return self._catalog.add(path, Kind.DIRECTORY, mode=mode & 0o7777, owner=owner, residency=Residency.CLEAN)
+            return self._catalog.add(
+                path, Kind.DIRECTORY, mode=mode & 0o7777, owner=_group_of(parent, owner), residency=Residency.CLEAN
+            )
 
     def create(self, parent: Node, name: str, mode: int, owner: tuple[int, int]) -> Node:
         """A new, empty file; its bytes are made by :meth:`Files.create`."""
@@ -77,7 +80,7 @@ class Tree:
         if self._catalog.child(parent.ino, name) is not None:
             raise fail(errno.EEXIST, path)
         with self._catalog.transaction():
-            self._catalog.add(path, Kind.FILE, mode=mode & 0o7777, owner=owner)
+            self._catalog.add(path, Kind.FILE, mode=mode & 0o7777, owner=_group_of(parent, owner))
             self._adopt_removed(path)
         node = self._catalog.at(path)
         assert node is not None
@@ -98,18 +101,18 @@ class Tree:
         if len(body) > MAX_LINK:
             raise fail(errno.ENAMETOOLONG, path)
         with self._catalog.transaction():
-            node = self._catalog.add(path, Kind.SYMLINK, mode=LINK_MODE, owner=owner, target=target)
+            node = self._catalog.add(path, Kind.SYMLINK, mode=LINK_MODE, owner=_group_of(parent, owner), target=target)
             self._adopt_removed(path)
         self._sync.mark_dirty(node)
         fd = self._sync.cache.create(path)
         try:
             os.write(fd, body)
-            mtime_ns = os.fstat(fd).st_mtime_ns
+            found = os.fstat(fd)
         finally:
             os.close(fd)
-        self._catalog.set_content(node.ino, len(body), mtime_ns, Residency.DIRTY)
+        self._catalog.set_content(node.ino, found)
         self._on_dirty(path)
-        return node._replace(mtime_ns=mtime_ns)
+        return node._replace(mtime_ns=found.st_mtime_ns)
 
     def mknod(self, parent: Node, name: str, mode: int, rdev: int, owner: tuple[int, int]) -> Node:
         path = self.child_path(parent, name)
@@ -117,7 +120,14 @@ class Tree:
             raise fail(errno.EEXIST, path)
         kind = KINDS[stat.S_IFMT(mode)]
         with self._catalog.transaction():
-            return self._catalog.add(path, kind, mode=mode & 0o7777, owner=owner, residency=Residency.CLEAN, rdev=rdev)
+            return self._catalog.add(
+                path,
+                kind,
+                mode=mode & 0o7777,
+                owner=_group_of(parent, owner),
+                residency=Residency.CLEAN,
+                rdev=rdev,
+            )
 
     async def link(self, ino: int, parent: int, name: str) -> Node:
         """A further name of a file. On other machines, and to the datastore, it is a file of its own."""
@@ -252,9 +262,12 @@ class Tree:
         self._sync.sidecar.mark_bulk()
         intent = self._sync.journal.mark_rename(node.path, target, moves)
         if over is not None and not over.is_dir:
-            if is_scratch(target):
+            if is_scratch(target) or node.is_special:
                 self._sync.mark_deleted(over)
             self._unname(over)
+            if node.is_special:  # nothing comes in place of its content
+                self._sync.cache.remove(over.path)
+                moves.append((DirtyPath(over.path, Op.DELETE, 0, over.base, over.partition), None))
         self._sync.cache.rename(node.path, target)
         with self._catalog.transaction():
             if over is not None:
@@ -288,10 +301,12 @@ class Tree:
             os.utime(self._sync.cache.path(node.path), ns=(change.mtime_ns, change.mtime_ns))
         mode = None if change.mode is None else change.mode & 0o7777
         self._catalog.set_attributes(node.ino, change._replace(mode=mode))
-        if not node.is_dir and (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None):
-            self._sync.mark_attributes(node)
-            if node.path in self._sync.journal:
-                self._on_dirty(node.path)
+        published = node.kind in (Kind.FILE, Kind.SYMLINK)
+        if published and (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None):
+            for name in self._files.names_of(node):
+                self._sync.mark_attributes(name)
+                if name.path in self._sync.journal:
+                    self._on_dirty(name.path)
 
     # --- across tiers -------------------------------------------------------------------------------------
 
@@ -328,8 +343,13 @@ class Tree:
         node = self.create(parent, name, found.st_mode, (found.st_uid, found.st_gid))
         self._sync.mark_dirty(node)
         self._sync.cache.admit(staged, path, found.st_mtime_ns)
-        self._catalog.set_content(node.ino, found.st_size, found.st_mtime_ns, Residency.DIRTY)
+        self._catalog.set_content(node.ino, os.lstat(self._sync.cache.path(path)))
         os.unlink(content)
         self._inodes.alias(ino, node.ino)
         self._on_dirty(path)
         return node
+
+
+def _group_of(parent: Node, owner: tuple[int, int]) -> tuple[int, int]:
+    """Below a directory with the setgid bit, everything is of its group."""
+    return (owner[0], parent.gid) if parent.mode & stat.S_ISGID else owner

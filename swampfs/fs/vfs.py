@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from swampfs.errors import FileError, ReadOnlyError
 from swampfs.fs import views
-from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Owner, fail, of_node, of_stat, stale
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Owner, as_stored, fail, of_node, of_stat, stale
 from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.files import Files
 from swampfs.fs.guard import Guard
@@ -181,8 +181,8 @@ class FileSystem:
             while seen < LOCAL_BASE:
                 batch = self._catalog.children(ino, seen, _BATCH)
                 for node in batch:
-                    yield node.name, self.files.attributes(node), node.row
-                    seen = node.row
+                    yield node.name, self.files.attributes(node), node.place
+                    seen = node.place
                 if len(batch) < _BATCH:
                     break
             children = [
@@ -473,12 +473,8 @@ class FileSystem:
             if change.size is not None and not node.is_dir:
                 node = await self.files.about_to_write(node, pid)
             with self._guard.staying(node.path):
-                await self.tree.setattr(node, self._stored(change))
+                await self.tree.setattr(node, as_stored(change, self._owner))
         return self.getattr(ino)
-
-    def _stored(self, change: Change) -> Change:
-        uid = -1 if change.uid == self._owner.uid else change.uid
-        return change._replace(uid=uid, gid=-1 if change.gid == self._owner.gid else change.gid)
 
     def _set_orphan_attributes(self, ino: int, change: Change) -> None:
         orphan = self.inodes.orphans[ino]

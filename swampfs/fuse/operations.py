@@ -311,9 +311,9 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: FileHandleT) -> None:
         if self._strict is None:
             raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
-        path = self._fs.files.changed_path(fh)
-        if path is not None:
-            await self._strict.publish(path)
+        paths = self._fs.files.changed_paths(fh)
+        if paths:
+            await self._strict.publish(paths)
 
     @bounded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:

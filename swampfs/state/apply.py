@@ -21,11 +21,12 @@ class Applied(NamedTuple):
     changes: list[TreeChange]
     stale: list[Node]  # inodes whose name now stands for other content, or for none
     missing_parked: list[RelPath]  # our parked entries that vanished from the index (H6)
+    retimed: list[tuple[RelPath, int]]  # content that stays, under another modification time
 
 
 def apply_delta(catalog: Catalog, delta: IndexDelta, dirty: Container[str]) -> Applied:
     """Bring the catalog to the delta's state. Returns what the kernel and the cache directory must forget."""
-    applied = Applied([], [], [])
+    applied = Applied([], [], [], [])
     catalog.epoch += 1
     with catalog.transaction():
         known = catalog.partitions()
@@ -145,6 +146,8 @@ class _Work:
         if entry.same_content(node.base) and (entry.posix is None or entry.kind is node.kind):
             if self._catalog.adopt_posix(node, entry):
                 self._applied.changes.append(TreeChange(node.parent, "", node.ino))
+                if entry.mtime_ns is not None:
+                    self._applied.retimed.append((node.path, entry.mtime_ns))
             self._catalog.settle(entry, partition, clean=False)
             return
         # New content is a new inode, as when a file is renamed over: who has the old one open goes on reading it, and

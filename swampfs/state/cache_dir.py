@@ -6,6 +6,7 @@ Nothing is ever opened through a symbolic link (``O_NOFOLLOW``), content enters 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -48,6 +49,19 @@ class CacheDir:
         """Open a new or emptied file for reading and writing; returns the descriptor."""
         self._make_room(rel)
         return os.open(self.path(rel), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def write(self, rel: RelPath, body: bytes) -> None:
+        """Make this its content."""
+        fd = self.create(rel)
+        try:
+            os.write(fd, body)
+        finally:
+            os.close(fd)
+
+    def retime(self, rel: RelPath, mtime_ns: int) -> None:
+        """Content that is here keeps the time its name shows."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.utime(self.path(rel), ns=(mtime_ns, mtime_ns), follow_symlinks=False)
 
     def open(self, rel: RelPath, flags: int = os.O_RDONLY) -> int:
         return os.open(self.path(rel), flags | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -109,6 +123,7 @@ class CacheDir:
         """Keep the losing bytes of a conflict under ``state/conflicts/`` with a report; returns the directory."""
         directory = os.path.join(self._conflicts, uuid.uuid4().hex)
         os.makedirs(directory, mode=0o700)
+        self.unshare(rel)
         if os.path.lexists(self.path(rel)):
             os.rename(self.path(rel), os.path.join(directory, "content"))
         with open(os.path.join(directory, "report.json"), "w", encoding="utf-8") as file:

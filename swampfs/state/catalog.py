@@ -6,6 +6,7 @@ Rows mirror ``schema.CATALOG``. Namespace operations (:mod:`swampfs.fs.tree`) an
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -42,7 +43,8 @@ DIRECTORY_MODE = 0o755
 
 _NODE = (
     "coalesce(shared, ino), parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, partition,"
-    " base_size, base_sha256, base_modified, base_mtime, base_posix, target, rdev, atime_ns, links, ino"
+    " base_size, base_sha256, base_modified, base_mtime, base_posix, target, rdev, atime_ns, links, blocks,"
+    " coalesce(place, ino), ino"
 )
 _INODE = "(ino = ? OR shared = ?)"
 _SELECT = f"SELECT {_NODE} FROM node"
@@ -94,9 +96,10 @@ class Catalog:
         return _node(self.db.execute(f"{_SELECT} WHERE path = ?", (path,)).fetchone())
 
     def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Node]:
-        """Entries of a directory in the order of their rows, so that a position survives concurrent change."""
+        """Entries of a directory in the order of their places, so that a position survives concurrent change."""
         rows = self.db.execute(
-            f"{_SELECT} WHERE parent = ? AND ino > ? AND ino != {ROOT_INO} ORDER BY ino LIMIT ?",
+            f"{_SELECT} WHERE parent = ? AND coalesce(place, ino) > ? AND ino != {ROOT_INO}"
+            " ORDER BY coalesce(place, ino) LIMIT ?",
             (parent, after, limit),
         ).fetchall()
         return [_row_node(row) for row in rows]
@@ -218,7 +221,9 @@ class Catalog:
             return
         if node.row == node.ino:
             heir = self.db.execute("SELECT min(ino) FROM node WHERE shared = ?", (node.ino,)).fetchone()[0]
-            self.db.execute("UPDATE node SET ino = ?, shared = NULL WHERE ino = ?", (node.ino, heir))
+            self.db.execute(
+                "UPDATE node SET ino = ?, place = coalesce(place, ino), shared = NULL WHERE ino = ?", (node.ino, heir)
+            )
         self.db.execute(
             f"UPDATE node SET links = links - 1, ctime_ns = ? WHERE {_INODE}", (time.time_ns(), node.ino, node.ino)
         )
@@ -230,8 +235,8 @@ class Catalog:
         now = time.time_ns()
         self.db.execute(
             "INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, target,"
-            " rdev, atime_ns, links, shared) SELECT ?, ?, ?, kind, size, mtime_ns, ctime_ns, mode, uid, gid, ?, target,"
-            " rdev, atime_ns, links, ? FROM node WHERE ino = ?",
+            " rdev, atime_ns, links, blocks, shared) SELECT ?, ?, ?, kind, size, mtime_ns, ctime_ns, mode, uid, gid, ?,"
+            " target, rdev, atime_ns, links, blocks, ? FROM node WHERE ino = ?",
             (parent.ino, path.rpartition("/")[2], path, residency, node.ino, node.ino),
         )
         self.db.execute(f"UPDATE node SET links = links + 1, ctime_ns = ? WHERE {_INODE}", (now, node.ino, node.ino))
@@ -275,10 +280,11 @@ class Catalog:
     def touch(self, ino: int, mtime_ns: int) -> None:
         self.db.execute("UPDATE node SET mtime_ns = ?, ctime_ns = ? WHERE ino = ?", (mtime_ns, mtime_ns, ino))
 
-    def set_content(self, ino: int, size: int, mtime_ns: int, residency: Residency) -> None:
+    def set_content(self, ino: int, found: os.stat_result) -> None:
+        """What was written here, as it is on this machine."""
         self.db.execute(
-            f"UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, residency = ? WHERE {_INODE}",
-            (size, mtime_ns, time.time_ns(), residency, ino, ino),
+            f"UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, blocks = ?, residency = ? WHERE {_INODE}",
+            (found.st_size, found.st_mtime_ns, time.time_ns(), found.st_blocks, Residency.DIRTY, ino, ino),
         )
 
     def set_residency(self, ino: int, residency: Residency) -> None:
@@ -308,16 +314,17 @@ class Catalog:
         )
         return True
 
-    def settle(self, entry: IndexEntry, partition: str, *, clean: bool) -> None:
-        """A push made this entry the remote truth of its path; ``clean`` if nothing was written since."""
-        self.db.execute(
-            f"UPDATE node SET {_SET_BASE} WHERE path=?",
-            (partition, *_base(entry), entry.path),
-        )
+    def settle(self, entry: IndexEntry, partition: str, *, clean: bool, ours: bool = False) -> None:
+        """A push made this entry the remote truth of its path; ``clean`` if nothing was written since.
+
+        ``ours``: it describes what we sent, also of a file whose writer has not closed it yet.
+        """
+        self.db.execute(f"UPDATE node SET {_SET_BASE} WHERE path=?", (partition, *_base(entry), entry.path))
         if clean:
             self.db.execute(
-                "UPDATE node SET residency = ? WHERE path = ? AND residency = ?",
-                (Residency.CLEAN, entry.path, Residency.DIRTY),
+                "UPDATE node SET residency = ?, size = ?, mtime_ns = coalesce(?, mtime_ns)"
+                " WHERE path = ? AND residency = ?",
+                (Residency.CLEAN, entry.size, entry.mtime_ns if ours else None, entry.path, Residency.DIRTY),
             )
 
     def reset_to_remote(self, node: Node, entry: IndexEntry | None, partition: str) -> None:
@@ -330,7 +337,10 @@ class Catalog:
             self.add_remote(node.parent, entry, partition, time.time_ns())
             return
         self.settle(entry, partition, clean=False)
-        self.set_content(node.ino, entry.size, _time(entry), Residency.STUB)
+        self.db.execute(
+            "UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, blocks = NULL, residency = ? WHERE ino = ?",
+            (entry.size, _time(entry), time.time_ns(), Residency.STUB, node.ino),
+        )
 
     # --- what is known of the remote ----------------------------------------------------------------------
 

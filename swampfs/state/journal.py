@@ -85,7 +85,7 @@ class Journal:
         op = self._ops.get(path)
         if op is Op.WRITE:
             self.mark_write(path, base, partition)  # if that is being pushed: once more
-        elif (op is None and base is not None) or path in self._sealed:
+        elif (op is None and base is not None) or (op is Op.ATTRIBUTES and path in self._sealed):
             self._put(path, Op.ATTRIBUTES, base, partition)
 
     def mark_delete(self, path: RelPath, base: IndexEntry | None, partition: str | None) -> None:

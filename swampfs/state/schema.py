@@ -58,6 +58,8 @@ CREATE TABLE node (
     rdev          INTEGER NOT NULL DEFAULT 0,
     atime_ns      INTEGER,                            -- NULL: never set
     links         INTEGER NOT NULL DEFAULT 1,         -- of a directory: 1 and its subdirectories
+    blocks        INTEGER,                            -- of 512 bytes on this machine, if it was written here
+    place         INTEGER,                            -- in its directory's listing; NULL: ino
     shared        INTEGER,                            -- a further name of this inode, whose own row has NULL here
     UNIQUE (parent, name)
 ) STRICT;
@@ -140,6 +142,8 @@ ALTER TABLE node ADD COLUMN target TEXT;
 ALTER TABLE node ADD COLUMN rdev INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE node ADD COLUMN atime_ns INTEGER;
 ALTER TABLE node ADD COLUMN links INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE node ADD COLUMN blocks INTEGER;
+ALTER TABLE node ADD COLUMN place INTEGER;
 ALTER TABLE node ADD COLUMN shared INTEGER;
 UPDATE node SET links = 1 + (SELECT count(*) FROM node AS below WHERE below.parent = node.ino AND below.kind = 2)
     WHERE kind = 2;

@@ -169,7 +169,7 @@ def encode_entry(entry: IndexEntry, previous: object = None) -> dict[str, Any]:
     if entry.sha256 is not None:
         wire["sha256"] = entry.sha256
     posix = _wire_posix(entry.posix, previous.get("posix") if isinstance(previous, dict) else None)
-    if posix:
+    if posix or entry.posix is not None:  # an empty one says that everything is as usual
         wire["posix"] = posix
     if isinstance(previous, dict):
         known = ("key", "size", "lastModified", "localMtime", "sha256", "posix")

@@ -25,6 +25,7 @@ class Puller:
         self._keys = parts.keys
         self._index = parts.index
         self._catalog = parts.catalog
+        self._cache = parts.cache
         self._journal = parts.journal
         self._busy = busy
 
@@ -46,6 +47,8 @@ class Puller:
         applied = apply_delta(self._catalog, delta, self._busy)
         for node in applied.stale:
             self._drop_content(node)
+        for path, mtime_ns in applied.retimed:
+            self._cache.retime(path, mtime_ns)
         with trio.CancelScope(shield=True):  # the kernel must hear of what was applied, whoever asked for it
             applied.changes.extend(await self._judge_parked(applied.missing_parked))
         return applied.changes

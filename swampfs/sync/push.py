@@ -184,6 +184,8 @@ class Pusher:
             applied = apply_delta(self._catalog, delta, self._busy)
             for node in applied.stale:
                 self._drop_content(node)
+            for path, mtime_ns in applied.retimed:
+                self._cache.retime(path, mtime_ns)
             batch.changes.extend(applied.changes)
             if applied.missing_parked:
                 self._catalog.read_again(ROOT_PARTITION)  # the next poll asks after their objects
@@ -207,7 +209,8 @@ class Pusher:
                 batch.uploads.append(record)
             elif await self._holds_same(record, current):
                 batch.present.append(record)
-                batch.entries[record.path] = current._replace(posix=self._posix(record.path, None))
+                ns = current.posix.ns if current.posix is not None else 0
+                batch.entries[record.path] = current._replace(posix=self._posix(record.path, ns))
             else:
                 batch.conflicts.append(record)
 
@@ -395,7 +398,7 @@ class Pusher:
                 if entry is not None and partition is not None:
                     newest = self._journal.get(record.path)
                     clean = newest is not None and newest.generation == record.generation
-                    self._catalog.settle(entry, partition, clean=clean)
+                    self._catalog.settle(entry, partition, clean=clean, ours=record in batch.uploads)
             if self._catalog.watermark().mode is IndexMode.SHARDS:
                 fresh = [path for path in batch.entries if partition_key(path) is None]
                 self._catalog.park([*fresh, *(entry.path for entry in parked)])

@@ -57,15 +57,20 @@ def _finish_rename(catalog: Catalog, source: RelPath, target: RelPath) -> None:
 def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath) -> None:
     node = catalog.at(record.path)
     if record.op is Op.DELETE:
-        if node is None or not node.is_dir:  # else the name is a directory's by now
+        if node is None or not (node.is_dir or node.is_special):  # else the name is another's by now
             cache.remove(record.path)
             if node is not None:
                 catalog.remove(node)
-        return
-    if record.op is Op.ATTRIBUTES:
-        if node is None:
-            journal.forget(record.path)
-        return
+    elif record.op is Op.WRITE:
+        _redo_write(catalog, cache, journal, record, node)
+    elif node is None:
+        journal.forget(record.path)
+
+
+def _redo_write(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath, node: Node | None) -> None:
+    if node is not None and node.target is not None:
+        cache.write(record.path, node.target.encode())
+        cache.retime(record.path, node.mtime_ns)
     stat = cache.stat(record.path)
     if stat is None and journal.was_deleted(record.path):
         # Removed, then about to be made again: the removal was acknowledged, the new file was not.
@@ -90,7 +95,7 @@ def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath
             catalog.make_parents(record.path)
             node = catalog.add(record.path, Kind.FILE, mode=FILE_MODE)
             catalog.adopt_base(record.path, record.base, record.partition)
-        catalog.set_content(node.ino, stat.st_size, stat.st_mtime_ns, Residency.DIRTY)
+        catalog.set_content(node.ino, stat)
 
 
 def _explain(catalog: Catalog, cache: CacheDir, journal: Journal, path: RelPath) -> None:
@@ -102,7 +107,7 @@ def _explain(catalog: Catalog, cache: CacheDir, journal: Journal, path: RelPath)
     if stat is None:
         catalog.reset_to_remote(node, node.base, node.partition or "")
         return
-    catalog.set_content(node.ino, stat.st_size, stat.st_mtime_ns, Residency.DIRTY)
+    catalog.set_content(node.ino, stat)
     if not is_scratch(path):
         journal.mark_write(path, node.base, node.partition)
 

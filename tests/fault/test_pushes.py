@@ -362,8 +362,8 @@ def overwrite(node, path, body):
     fs.files.truncate(current, 0)
     fd = fs.sync.cache.open(path, os.O_WRONLY)
     os.write(fd, body)
+    fs.sync.catalog.set_content(current.ino, os.fstat(fd))
     os.close(fd)
-    fs.sync.catalog.set_content(current.ino, len(body), time.time_ns(), current.residency.DIRTY)
 
 
 @INDEXES

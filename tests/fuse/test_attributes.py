@@ -200,3 +200,129 @@ def test_linked_names_survive_kill_9(machines, datastore):
     assert [(a.path / f"files/{name}").read_text() for name in ("one", "two")] == ["second"] * 2
     a.flush()
     assert [datastore.get(f"files/{name}") for name in ("one", "two")] == [b"second"] * 2
+
+
+def test_attributes_reach_every_name_and_also_the_usual_ones_travel(machines):
+    a, b = machines
+    (a.path / "files").mkdir()
+    for name in ("one", "mode"):
+        (a.path / f"files/{name}").write_text(name)
+    os.link(a.path / "files/one", a.path / "files/two")
+    (a.path / "files/mode").chmod(0o755)
+    a.flush()
+    wait_for(lambda: attributes(b.path) == attributes(a.path), "the first state arrives")
+    (a.path / "files/two").chmod(0o600)
+    os.utime(a.path / "files/two", ns=(0, MTIME_NS))
+    (a.path / "files/mode").chmod(0o644)
+    os.utime(a.path / "files/mode", (0, 0))
+    a.flush()
+    wait_for(lambda: attributes(b.path) == attributes(a.path), "all of it arrives")
+    assert attributes(b.path)["files/mode"][0] == 0o100644
+    assert {attributes(b.path)[f"files/{name}"][::3] for name in ("one", "two")} == {(0o100600, MTIME_NS)}
+    os.utime(b.path / "files/mode", (1_600_000_000, 1_600_000_000))
+    b.flush()
+    wait_for(lambda: attributes(b.path) == attributes(a.path), "whole seconds travel back")
+    os.rename(a.path / "files/mode", a.path / "files/renamed")
+    a.flush()
+    wait_for(lambda: attributes(b.path) == attributes(a.path), "and stay with a renamed file")
+    assert attributes(b.path)["files/renamed"][3] == 1_600_000_000 * 10**9
+
+
+def test_a_pipe_in_place_of_a_published_file_stays_and_the_file_goes(machines, datastore):
+    a, b = machines
+    (a.path / "files").mkdir()
+    for name in ("renamed over", "made anew"):
+        (a.path / f"files/{name}").write_text("x")
+    a.flush()
+    os.mkfifo(a.path / "files/pipe")
+    os.rename(a.path / "files/pipe", a.path / "files/renamed over")
+    (a.path / "files/made anew").unlink()
+    os.mkfifo(a.path / "files/made anew")
+    (a.path / "files/never pushed").write_text("y")
+    os.mkfifo(a.path / "files/pipe")
+    os.rename(a.path / "files/pipe", a.path / "files/never pushed")
+    a.kill()
+    a.mount(datastore.url)
+    a.flush()
+    assert not [key for key in datastore.keys() if key.startswith("files/")]
+    wait_for(lambda: not any((b.path / "files").glob("*")), "the files are gone elsewhere")
+    for name in ("renamed over", "made anew", "never pushed"):
+        assert stat.S_ISFIFO(os.stat(a.path / "files" / name).st_mode), name
+
+
+def test_what_a_conflict_kept_is_not_written_to_through_another_name(machines, datastore, fleet, network):
+    _, b = machines
+    way = network()
+    a = fleet.machine("linked", {**datastore.env, "AWS_ENDPOINT_URL_S3": way.url}, options=("--timeout", "2s"))
+    a.mount(datastore.url)
+    (a.path / "files").mkdir()
+    (a.path / "files/one").write_text("first")
+    os.link(a.path / "files/one", a.path / "files/two")
+    a.flush()
+    wait_for(lambda: (b.path / "files/two").exists(), "it arrives")
+    way.cut()
+    (a.path / "files/one").write_text("ours")
+    (b.path / "files/two").write_text("theirs")
+    b.flush()
+    way.mend()
+    a.flush()
+    (kept,) = a.state_dir.glob("state/conflicts/*/content")
+    (a.path / "files/one").write_text("later")
+    assert kept.read_text() == "ours"
+    assert (a.path / "files/two").read_text() == "theirs"
+
+
+def test_links_are_each_listed_once_while_their_first_names_are_removed(machines):
+    a, _ = machines
+    (a.path / "files").mkdir()
+    for number in range(300):
+        (a.path / f"files/f{number:03}").touch()
+        os.link(a.path / f"files/f{number:03}", a.path / f"files/l{number:03}")
+    seen = []
+    for entry in os.scandir(a.path / "files"):
+        seen.append(entry.name)
+        if entry.name.startswith("f"):
+            os.unlink(entry.path)
+    assert sorted(name for name in seen if name.startswith("l")) == [f"l{number:03}" for number in range(300)]
+
+
+def test_files_below_a_setgid_directory_are_of_its_group(machines):
+    a, _ = machines
+    team = a.path / "files"
+    team.mkdir()
+    os.chown(team, -1, 77)
+    team.chmod(0o2775)
+    (team / "file").touch()
+    (team / "directory").mkdir()
+    (team / "directory/file").touch()
+    assert [os.stat(team / name).st_gid for name in ("file", "directory", "directory/file")] == [77] * 3
+    assert os.stat(team / "directory").st_mode & stat.S_ISGID
+
+
+def test_times_beyond_the_range_become_its_end_and_holes_are_no_blocks(machines, datastore):
+    a, _ = machines
+    (a.path / "files").mkdir()
+    far = a.path / "files/far"
+    far.write_text("hello")
+    os.utime(far, (2**35, 2**35))
+    assert os.stat(far).st_mtime_ns == 2**63 - 1
+    with open(a.path / "files/sparse", "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"x")
+    assert os.stat(a.path / "files/sparse").st_blocks < 100
+    a.umount()
+    a.mount(datastore.url)
+    assert (far.read_text(), os.stat(far).st_size) == ("hello", 5)
+
+
+def test_a_file_published_at_its_close_can_be_opened_and_linked_at_once(datastore, fleet):
+    machine = fleet.machine("strict", datastore.env, options=("--consistency", "close-to-open"))
+    machine.mount(datastore.url)
+    (machine.path / "files").mkdir()
+    for number in range(3):
+        (machine.path / "files/one").write_text("x" * number)
+        assert os.stat(machine.path / "files/one").st_size == number
+        assert (machine.path / "files/one").read_text() == "x" * number
+    os.link(machine.path / "files/one", machine.path / "files/two")
+    (machine.path / "files/two").write_text("both")
+    assert [datastore.get(f"files/{name}") for name in ("one", "two")] == [b"both"] * 2

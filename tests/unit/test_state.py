@@ -201,7 +201,7 @@ def test_state_of_the_version_before_is_brought_up_to_date(tmp_path):
     for trigger in ("directory_made", "directory_removed", "directory_moved"):
         catalog.db.execute(f"DROP TRIGGER {trigger}")
     catalog.db.execute("DROP INDEX node_shared")
-    for column in ("base_posix", "target", "rdev", "atime_ns", "links", "shared"):
+    for column in ("base_posix", "target", "rdev", "atime_ns", "links", "blocks", "place", "shared"):
         catalog.db.execute(f"ALTER TABLE node DROP COLUMN {column}")
     journal._db.execute("ALTER TABLE dirty DROP COLUMN base_posix")
     for db in (catalog.db, journal._db):
