@@ -300,13 +300,14 @@ class Tree:
             # The file carries the time too: it is what a push reads and what replay trusts.
             os.utime(self._sync.cache.path(node.path), ns=(change.mtime_ns, change.mtime_ns))
         mode = None if change.mode is None else change.mode & 0o7777
+        shown = (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None)
+        names = self._files.names_of(node) if shown and node.kind in (Kind.FILE, Kind.SYMLINK) else []
+        for name in names:
+            self._sync.mark_attributes(name)
         self._catalog.set_attributes(node.ino, change._replace(mode=mode))
-        published = node.kind in (Kind.FILE, Kind.SYMLINK)
-        if published and (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None):
-            for name in self._files.names_of(node):
-                self._sync.mark_attributes(name)
-                if name.path in self._sync.journal:
-                    self._on_dirty(name.path)
+        for name in names:
+            if name.path in self._sync.journal:
+                self._on_dirty(name.path)
 
     # --- across tiers -------------------------------------------------------------------------------------
 

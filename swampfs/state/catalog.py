@@ -216,9 +216,12 @@ class Catalog:
 
     def drop(self, node: Node) -> None:
         """Remove a name; the inode stays under its others."""
-        self.db.execute("DELETE FROM node WHERE ino = ?", (node.row,))
-        if node.is_dir or node.links == 1:
-            return
+        with self.transaction():
+            self.db.execute("DELETE FROM node WHERE ino = ?", (node.row,))
+            if not node.is_dir and node.links > 1:
+                self._keep_inode(node)
+
+    def _keep_inode(self, node: Node) -> None:
         if node.row == node.ino:
             heir = self.db.execute("SELECT min(ino) FROM node WHERE shared = ?", (node.ino,)).fetchone()[0]
             self.db.execute(
@@ -232,15 +235,16 @@ class Catalog:
         """One more name of an inode; its parent must exist. It is published, or not, for itself."""
         parent = self.at(parent_of(path))
         assert parent is not None
-        now = time.time_ns()
-        self.db.execute(
-            "INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, target,"
-            " rdev, atime_ns, links, blocks, shared) SELECT ?, ?, ?, kind, size, mtime_ns, ctime_ns, mode, uid, gid, ?,"
-            " target, rdev, atime_ns, links, blocks, ? FROM node WHERE ino = ?",
-            (parent.ino, path.rpartition("/")[2], path, residency, node.ino, node.ino),
-        )
-        self.db.execute(f"UPDATE node SET links = links + 1, ctime_ns = ? WHERE {_INODE}", (now, node.ino, node.ino))
-        self.touch(parent.ino, now)
+        now, ino = time.time_ns(), node.ino
+        with self.transaction():
+            self.db.execute(
+                "INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency,"
+                " target, rdev, atime_ns, links, blocks, shared) SELECT ?, ?, ?, kind, size, mtime_ns, ctime_ns, mode,"
+                " uid, gid, ?, target, rdev, atime_ns, links, blocks, ? FROM node WHERE ino = ?",
+                (parent.ino, path.rpartition("/")[2], path, residency, ino, ino),
+            )
+            self.db.execute(f"UPDATE node SET links = links + 1, ctime_ns = ? WHERE {_INODE}", (now, ino, ino))
+            self.touch(parent.ino, now)
 
     def names(self, ino: int) -> list[RelPath]:
         """Every path of an inode."""
@@ -302,11 +306,12 @@ class Catalog:
         """Another machine changed attributes of unchanged content; returns whether something is different now."""
         if entry.posix is None or (entry.posix == node.base_posix and entry.local_mtime == node.base_mtime):
             return False
-        mode, uid, gid, _, _ = entry.posix
+        mode, uid, gid, _, link = entry.posix
+        usual = FILE_MODE if link is None else LINK_MODE
         self.set_attributes(
             node.ino,
             Change(
-                mode=FILE_MODE if mode is None else mode,
+                mode=usual if mode is None else mode,
                 uid=-1 if uid is None else uid,
                 gid=-1 if gid is None else gid,
                 mtime_ns=entry.mtime_ns,
