@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import Enum, IntEnum
@@ -45,6 +46,14 @@ class Posix(NamedTuple):
     gid: int | None = None
     ns: int = 0  # of the modification time, below its milliseconds
     link: str | None = None  # it is a symbolic link to this; its content is the same text
+
+
+def encode_posix(posix: Posix | None) -> str | None:
+    return None if posix is None else json.dumps(posix)
+
+
+def decode_posix(text: str | None) -> Posix | None:
+    return None if text is None else Posix._make(json.loads(text))
 
 
 class IndexEntry(NamedTuple):
@@ -133,7 +142,7 @@ class Node(NamedTuple):
     base_sha256: str | None
     base_modified: str | None
     base_mtime: str | None
-    base_posix: Posix | None
+    base_posix: str | None  # encoded: few ask
     target: str | None  # of a symbolic link
     rdev: int  # of a device
     atime_ns: int | None  # if it was ever set; reading does not
@@ -148,7 +157,12 @@ class Node(NamedTuple):
         if self.partition is None or self.base_size is None:
             return None
         return IndexEntry(
-            self.path, self.base_size, self.base_modified or "", self.base_mtime, self.base_sha256, self.base_posix
+            self.path,
+            self.base_size,
+            self.base_modified or "",
+            self.base_mtime,
+            self.base_sha256,
+            decode_posix(self.base_posix),
         )
 
     @property

@@ -23,13 +23,12 @@ from swampfs.records import (
     Posix,
     Residency,
     Watermark,
+    encode_posix,
 )
 from swampfs.state.schema import (
     CATALOG,
     CATALOG_VERSION,
     SchemaError,
-    decode_posix,
-    encode_posix,
     open_database,
     set_aside,
     transaction,
@@ -304,7 +303,9 @@ class Catalog:
 
     def adopt_posix(self, node: Node, entry: IndexEntry) -> bool:
         """Another machine changed attributes of unchanged content; returns whether something is different now."""
-        if entry.posix is None or (entry.posix == node.base_posix and entry.local_mtime == node.base_mtime):
+        if entry.posix is None or (
+            encode_posix(entry.posix) == node.base_posix and entry.local_mtime == node.base_mtime
+        ):
             return False
         mode, uid, gid, _, link = entry.posix
         usual = FILE_MODE if link is None else LINK_MODE
@@ -451,8 +452,6 @@ def _row_node(row: tuple[Any, ...]) -> Node:
     """The column order of ``_NODE`` is the field order of :class:`Node`."""
     values = list(row)
     values[4], values[11] = Kind(row[4]), Residency(row[11])
-    if row[17] is not None:
-        values[17] = decode_posix(row[17])
     return Node._make(values)
 
 

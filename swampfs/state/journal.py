@@ -11,13 +11,11 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 
 from swampfs.names import RelPath
-from swampfs.records import DirtyPath, IndexEntry, Intent, Op
+from swampfs.records import DirtyPath, IndexEntry, Intent, Op, decode_posix, encode_posix
 from swampfs.state.schema import (
     JOURNAL,
     JOURNAL_VERSION,
     SchemaError,
-    decode_posix,
-    encode_posix,
     open_database,
     set_aside,
     transaction,

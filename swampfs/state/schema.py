@@ -7,7 +7,6 @@ the library's manifest, whose marks the fsynced sidecar backs.
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import time
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from swampfs.errors import StateError
-from swampfs.records import Posix
 
 CATALOG_VERSION = 2
 JOURNAL_VERSION = 2
@@ -188,14 +186,6 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
         db.close()
         raise
     return db
-
-
-def encode_posix(posix: Posix | None) -> str | None:
-    return None if posix is None else json.dumps(posix)
-
-
-def decode_posix(text: str | None) -> Posix | None:
-    return None if text is None else Posix._make(json.loads(text))
 
 
 def is_disk_full(error: Exception) -> bool:
