@@ -37,7 +37,10 @@ def attributes(root):
     for directory, names, files in os.walk(root):
         for name in [*files, *(name for name in names if os.path.islink(os.path.join(directory, name)))]:
             path = os.path.join(directory, name)
-            seen = os.lstat(path)
+            try:
+                seen = os.lstat(path)
+            except FileNotFoundError:
+                continue  # removed since it was listed
             target = os.readlink(path) if stat.S_ISLNK(seen.st_mode) else None
             found[os.path.relpath(path, root)] = (seen.st_mode, seen.st_uid, seen.st_gid, seen.st_mtime_ns, target)
     return found
