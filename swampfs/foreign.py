@@ -99,10 +99,11 @@ class ForeignNamespaces:
     async def _look(self, done: trio.Event) -> None:
         try:
             found = await self._registry.list()
+            self._show([name for name in found if name != self._settings.source.namespace])
         except SwampfsError as error:
             log.info("the namespaces could not be listed: %s", error.line())
-        else:
-            self._show([name for name in found if name != self._settings.source.namespace])
+        except Exception:  # a background task that fails takes the mount down
+            log.exception("the namespaces could not be listed")
         finally:
             self._ended, self._looking = time.monotonic(), None
             done.set()
