@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -49,7 +48,6 @@ def git(directory, *arguments):
     return done.stdout
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_git_works_and_its_repository_is_whole_on_another_machine(machine, another):
     repo = machine.path / "files/repo"
     repo.mkdir()
