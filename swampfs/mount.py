@@ -223,9 +223,8 @@ class Mount:
 
         async def flush(message: Mapping[str, Any]) -> dict[str, Any]:
             wanted = self._own_paths(message.get("paths"))
-            if (
-                wanted != [] and not self.settings.read_only
-            ):  # what an earlier mount left in the journal waits for one that may push
+            # Read-only, what an earlier mount left in the journal waits for one that may push.
+            if wanted != [] and not self.settings.read_only:
                 await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
                 await self.sync.leases.give_back_idle()
             return {"pending": len(self.writeback.pending())}

@@ -259,15 +259,17 @@ class Tree:
             base, partition = (over.base, over.partition) if over and not over.is_dir else (None, None)
             new = None if is_scratch(moved) else DirtyPath(moved, Op.WRITE, 0, base, partition)
             moves.append((old, new))
+        if over is not None and not over.is_dir and node.is_special:
+            # Nothing comes in place of its content. In one commit with the intent: a crash does both or neither.
+            moves.append((DirtyPath(over.path, Op.DELETE, 0, over.base, over.partition), None))
         self._sync.sidecar.mark_bulk()
         intent = self._sync.journal.mark_rename(node.path, target, moves)
         if over is not None and not over.is_dir:
-            if is_scratch(target) or node.is_special:
+            if is_scratch(target):
                 self._sync.mark_deleted(over)
             self._unname(over)
-            if node.is_special:  # nothing comes in place of its content
+            if node.is_special:
                 self._sync.cache.remove(over.path)
-                moves.append((DirtyPath(over.path, Op.DELETE, 0, over.base, over.partition), None))
         self._sync.cache.rename(node.path, target)
         with self._catalog.transaction():
             if over is not None:

@@ -57,9 +57,9 @@ def _finish_rename(catalog: Catalog, source: RelPath, target: RelPath) -> None:
 def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath) -> None:
     node = catalog.at(record.path)
     if record.op is Op.DELETE:
-        if node is None or not (node.is_dir or node.is_special):  # else the name is another's by now
+        if node is None or not node.is_dir:  # else the name is a directory's by now
             cache.remove(record.path)
-            if node is not None:
+            if node is not None and not node.is_special:  # or a pipe's
                 catalog.remove(node)
     elif record.op is Op.WRITE:
         _redo_write(catalog, cache, journal, record, node)
