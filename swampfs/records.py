@@ -184,6 +184,11 @@ class Change(NamedTuple):
     mtime_ns: int | None = None
     atime_ns: int | None = None
 
+    @property
+    def is_of_access(self) -> bool:
+        """Whether it is about mode or owner."""
+        return (self.mode, self.uid, self.gid) != (None, None, None)
+
 
 class Op(Enum):
     WRITE = "write"

@@ -387,6 +387,8 @@ class FileSystem:
             node = self._catalog.at(paths[0]) if len(paths) == 2 else None
             if node is not None and node.is_dir:
                 below = [file.path for file in self._catalog.files_below(node.path)]
+                below += self._catalog.empty_directories(node.path)
+                below += [directory.path for directory in self._catalog.unusual_directories(node.path)]
                 paths += [*below, *(RelPath(paths[1] + path[len(node.path) :]) for path in below)]
             if len({lease_path(path) for path in paths}) > _MOST_LOCKS:
                 raise fail(errno.EXDEV, f"{paths[0]}: it is below too many locks")  # mv(1) copies, a lock at a time
@@ -472,6 +474,9 @@ class FileSystem:
                 raise stale(ino)
             if change.size is not None and not node.is_dir:
                 node = await self.files.about_to_write(node, pid)
+            elif node.is_dir and change.is_of_access and node.path and not self._guard.lets(node.path):
+                await self._guard.wait(pid, node.path)
+                node = self.tree.directory(ino)
             with self._guard.staying(node.path):
                 await self.tree.setattr(node, as_stored(change, self._owner))
         return self.getattr(ino)

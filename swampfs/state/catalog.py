@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from swampfs.names import ROOT, RelPath, parent_of
+from swampfs.names import ROOT, RelPath, is_scratch, parent_of
 from swampfs.records import (
     Change,
     Finding,
@@ -53,6 +53,7 @@ INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid,
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
+_UNUSUAL = f"kind = {Kind.DIRECTORY:d} AND (mode <> {DIRECTORY_MODE} OR uid >= 0 OR gid >= 0)"
 _PUBLISHED = f"kind IN ({Kind.FILE:d}, {Kind.SYMLINK:d})"
 
 
@@ -68,7 +69,9 @@ class Catalog:
             set_aside(path)
             self.rebuilt = True
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
+        self.db.create_function("is_scratch", 1, is_scratch, deterministic=True)
         self.db.execute("CREATE INDEX IF NOT EXISTS node_explicit ON node (path) WHERE explicit = 1")
+        self.db.execute(f"CREATE INDEX IF NOT EXISTS node_unusual ON node (path) WHERE {_UNUSUAL}")
         if self.db.execute("SELECT 1 FROM node WHERE ino = ?", (ROOT_INO,)).fetchone() is None:
             now = time.time_ns()
             self.db.execute(
@@ -119,14 +122,23 @@ class Catalog:
         return map(_row_node, rows)
 
     def empty_directories(self, scope: str) -> list[RelPath]:
-        """Directories below ``scope`` that were made by ``mkdir`` and have nothing in them."""
+        """Directories below ``scope`` that were made by ``mkdir`` and have nothing in them that others see."""
         low, high = (f"{scope}/", f"{scope}0") if scope else ("", "\U0010ffff")
         rows = self.db.execute(
             "SELECT path FROM node AS directory WHERE explicit = 1 AND path > ? AND path < ? AND kind = ?"
-            " AND NOT EXISTS (SELECT 1 FROM node WHERE parent = directory.ino) ORDER BY path",
-            (low, high, Kind.DIRECTORY),
+            f" AND NOT EXISTS (SELECT 1 FROM node WHERE parent = directory.ino AND (kind = ? OR {_PUBLISHED}"
+            " AND NOT is_scratch(name))) ORDER BY path",
+            (low, high, Kind.DIRECTORY, Kind.DIRECTORY),
         ).fetchall()
         return [RelPath(row[0]) for row in rows]
+
+    def unusual_directories(self, scope: str) -> list[Node]:
+        """Directories below ``scope`` whose mode or owner is not what a directory has by itself."""
+        low, high = (f"{scope}/", f"{scope}0") if scope else ("", "\U0010ffff")
+        rows = self.db.execute(
+            f"{_SELECT} WHERE {_UNUSUAL} AND path > ? AND path < ? ORDER BY path", (low, high)
+        ).fetchall()
+        return [_row_node(row) for row in rows]
 
     def dirty_files(self) -> list[RelPath]:
         rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,)).fetchall()

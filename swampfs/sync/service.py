@@ -21,6 +21,7 @@ from swampfs.state.cache_dir import CacheDir
 from swampfs.state.catalog import Catalog
 from swampfs.state.journal import Journal
 from swampfs.state.sidecar import Sidecar
+from swampfs.sync.directories import Directories, Found
 from swampfs.sync.hydrate import Hydrator
 from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock, prove_exclusive_create
@@ -30,7 +31,6 @@ from swampfs.sync.pull import Puller
 from swampfs.sync.push import Pusher
 from swampfs.sync.remote import Remote
 from swampfs.sync.replay import replay
-from swampfs.sync.reserved import Reservations
 from swampfs.sync.visibility import Visibility
 
 log = logging.getLogger(__name__)
@@ -77,12 +77,12 @@ class SyncService:
         """Whether a file is open for writing; set by the file system."""
         self.drop_content: Callable[[Node], None] = lambda node: self.cache.remove(node.path)
         """What becomes of an inode whose name stands for other content now; set by the file system."""
-        self._reservations = Reservations(remote, keys, self.catalog)
+        self._directories = Directories(remote, keys, self.catalog)
         self.leases = Leases(
             keys,
             make_lock=self.lock,
             refresh=self._refresh_under,
-            before_release=self._reservations.store,
+            before_release=self._directories.store,
             prove_exclusive=self._prove_exclusive,
             start_soon=start_soon,
             wait_s=lock_wait_s,
@@ -117,19 +117,17 @@ class SyncService:
 
     async def _refresh_under(self, names: Sequence[RelPath]) -> None:
         """With locks in hand: see everything that was done under them so far."""
-        shown: list[TreeChange] = []
+        records: list[Found] = []
 
-        async def directories(name: RelPath) -> None:
-            shown.extend(await self._reservations.load(name))
+        async def read(name: RelPath) -> None:
+            records.append(await self._directories.read(name))
 
         looks: list[Callable[[], Awaitable[object]]] = [self.pull_changed]
-        looks += [partial(directories, name) for name in names]
-        try:
-            errors = await for_each(looks, lambda look: look(), at_once=_AT_ONCE)
-        finally:
-            self._announce(shown)
+        looks += [partial(read, name) for name in names]
+        errors = await for_each(looks, lambda look: look(), at_once=_AT_ONCE)
         if errors:
             raise errors[0]
+        self._announce([change for found in records for change in self._directories.apply(found)])
         await self.settle()
 
     def close(self) -> None:
@@ -146,7 +144,8 @@ class SyncService:
         try:
             await self.pull_changed()
             if not known:
-                await self._reservations.load_all()
+                for found in await self._directories.read_all():
+                    self._directories.apply(found)
         except Exception as error:
             if not (known and getattr(error, "retryable", False)):
                 raise

@@ -65,6 +65,45 @@ def test_modes_owners_times_and_links_travel_to_other_machines(machines, datasto
     assert attributes(fresh.path) == attributes(a.path)
 
 
+def directories(root):
+    """Mode and owner of each."""
+    found = {}
+    for path, _, _ in os.walk(root / "files"):
+        seen = os.lstat(path)
+        found[os.path.relpath(path, root)] = (seen.st_mode, seen.st_uid, seen.st_gid)
+    return found
+
+
+def test_modes_and_owners_of_directories_travel_with_the_lock(machines, datastore, fleet):
+    a, b = machines
+    for name, mode in (("private", 0o700), ("shared", 0o2775)):
+        (a.path / "files" / name / "in/side").mkdir(parents=True)
+        (a.path / "files" / name / "in/side/file").write_text("content")
+        (a.path / "files" / name / "in").chmod(mode)
+    os.chown(a.path / "files/shared", 1234, 567)
+    (a.path / "files/private/empty").mkdir(mode=0o711)
+    a.flush()
+
+    assert directories(a.path)["files/private/in"][0] == 0o40700
+    fresh = fleet.machine("c", datastore.env)
+    fresh.mount(datastore.url)
+    assert directories(fresh.path) == directories(a.path), "a new machine sees them at once"
+    wait_for(lambda: (b.path / "files/shared/in/side/file").exists(), "the files arrive")
+    (b.path / "files/new").touch()  # those of the lock that is taken, and of no other
+    (b.path / "files/private/new").touch()
+    (b.path / "files/shared/new").touch()
+    wait_for(lambda: directories(b.path) == directories(a.path), "another sees them when it takes the lock")
+    (b.path / "files/private/in").chmod(0o755)
+    b.flush()
+    (a.path / "files/private/more").touch()
+    wait_for(lambda: directories(a.path)["files/private/in"][0] == 0o40755, "and changes them")
+    (a.path / "files/shared").rename(a.path / "files/elsewhere")
+    a.flush()
+    later = fleet.machine("d", datastore.env)
+    later.mount(datastore.url)
+    assert directories(later.path) == directories(a.path), "they go with a rename"
+
+
 def test_a_change_of_attributes_alone_sends_no_content(machines, datastore):
     a, b = machines
     inode, content = os.stat(b.path / RAW).st_ino, (b.path / RAW).read_bytes()

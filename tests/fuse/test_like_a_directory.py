@@ -237,11 +237,10 @@ def do_both(mounted, plain, steps):
 
 
 def published(root):
-    """What another machine sees: files with their attributes, symbolic links, and directories that are empty."""
+    """What another machine sees: directories, and files and symbolic links with their attributes."""
     found = {}
     for directory, names, files in os.walk(root):
-        if not names and not files:
-            found[os.path.relpath(directory, root)] = "an empty directory"
+        found[os.path.relpath(directory, root)] = oct(os.lstat(directory).st_mode)
         for name in [*names, *files]:
             path = os.path.join(directory, name)
             seen = os.lstat(path)
