@@ -21,6 +21,7 @@ from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
+from swampfs.fs.xattrs import Xattrs
 from swampfs.fuse.federation import FIRST, LAST, numbers_of
 from swampfs.fuse.operations import Operations
 from swampfs.fuse.session import Invalidator
@@ -183,6 +184,8 @@ class ForeignNamespaces:
         if settings.consistency is Consistency.CLOSE_TO_OPEN:
             fs.close_to_open = CloseToOpen(sync, _never)
         operations = Operations(fs, settings.timeout_s, numbers)
+        if settings.xattrs:
+            operations.xattrs = Xattrs(sync, fs.inodes, _no_error)
         invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
         refresh = Refresh(sync, settings.refresh_s)
         self._nursery.start_soon(invalidator.run)
@@ -215,6 +218,10 @@ class ForeignNamespaces:
             "refreshAgeMs": part.refresh.age_ms(),
             "lastError": part.refresh.last_error,
         }
+
+
+def _no_error() -> None:
+    """Nothing is pushed here."""
 
 
 def _nothing(path: RelPath) -> None:

@@ -34,6 +34,7 @@ from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
+from swampfs.fs.xattrs import Xattrs
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
 from swampfs.fuse.federation import OWN, Federation
@@ -402,6 +403,8 @@ def _compose(
         nursery.start_soon(sync.leases.run)
     mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event(), foreign)
     fs.views = mount.views(owner)
+    if settings.xattrs:
+        operations.xattrs = Xattrs(sync, fs.inodes, lambda: writeback.last_error)
     return mount
 
 

@@ -239,6 +239,16 @@ def model_of(rel: str) -> ModelRef | None:
     return None
 
 
+def version_of(rel: str) -> int | None:
+    """The version of a data name that a path is or lies in, ``None`` if it is about all of them or of no model."""
+    model = model_of(rel)
+    if model is None:
+        return None
+    within = rel[len(f"data/{model}/") :].split("/")[1:]  # below the data name
+    numbers = [segment for segment in within if segment.isascii() and segment.isdigit()]
+    return int(numbers[-1]) if numbers else None
+
+
 # --- locks -----------------------------------------------------------------------------------------------
 
 LEASES = "_control/swampfs/leases"

@@ -124,6 +124,7 @@ class MountSettings:
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False
     allow_root: bool = False
+    xattrs: bool = False
     trace_file: str | None = None
 
 

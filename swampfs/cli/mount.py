@@ -86,6 +86,8 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
 @click.option("--gid", envvar="SWAMPFS_GID", type=int, help="Group of files that have none.")
 @click.option("--allow-other", is_flag=True, envvar="SWAMPFS_ALLOW_OTHER", help="Let other users in (mode bits apply).")
 @click.option("--allow-root", is_flag=True, envvar="SWAMPFS_ALLOW_ROOT", help="Let root in.")
+@click.option("--xattrs", is_flag=True, envvar="SWAMPFS_XATTRS",
+              help="Answer user.swamp.state, sha256, version, model and error to getfattr(1).")  # fmt: skip
 @click.option("-o", "options", multiple=True, metavar="K=V,…", help="The same settings in mount(8) form.")
 @click.option("--log-file", envvar="SWAMPFS_LOG_FILE", type=click.Path(path_type=Path),
               help="Log of a background mount.  [default: swampfs.log in the state directory]")  # fmt: skip
@@ -252,6 +254,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         gid=os.getgid() if flags["gid"] is None else flags["gid"],
         allow_other=flags["allow_other"],
         allow_root=flags["allow_root"],
+        xattrs=flags["xattrs"],
         trace_file=str(Path(flags["trace_file"]).absolute()) if flags["trace_file"] else None,
     )
 

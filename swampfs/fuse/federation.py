@@ -84,6 +84,18 @@ def _of_handle(name: str) -> Any:
     return forward
 
 
+def _of_xattrs(name: str) -> Any:
+    """As :func:`_of_inode`; asking opens no namespace, and the roots have none."""
+
+    async def forward(self: Federation, inode: int, *args: Any) -> Any:
+        unopened = _is_foreign(inode) and _number(inode) not in self.opened
+        part, inner = (self.own, ROOT_INO) if inode == _ROOT or unopened else await self.part(inode)
+        return await getattr(part, name)(inner, *args)
+
+    forward.__name__ = name
+    return forward
+
+
 class Federation(pyfuse3.Operations):
     """Adapter from the kernel to one :class:`Operations` per namespace."""
 
@@ -234,6 +246,10 @@ class Federation(pyfuse3.Operations):
     unlink = _of_inode("unlink")
     rmdir = _of_inode("rmdir")
     setattr = _of_inode("setattr")
+    getxattr = _of_xattrs("getxattr")
+    listxattr = _of_xattrs("listxattr")
+    setxattr = _of_xattrs("setxattr")
+    removexattr = _of_xattrs("removexattr")
     open = _of_inode("open")
     read = _of_handle("read")
     write = _of_handle("write")

@@ -23,6 +23,7 @@ from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Caller
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
+from swampfs.fs.xattrs import PREFIX, Xattrs
 from swampfs.records import Change
 from swampfs.state.catalog import ROOT_INO
 from swampfs.state.schema import is_disk_full
@@ -120,6 +121,8 @@ class Operations(pyfuse3.Operations):
         self._strict = fs.close_to_open
         self._fs = fs
         self.timeout_s = timeout_s
+        self.xattrs: Xattrs | None = None
+        """Set by the composition root if they were asked for at mount."""
         self.in_use: Counter[int] = Counter()
         """Directories whose names are being changed."""
 
@@ -343,19 +346,37 @@ class Operations(pyfuse3.Operations):
         # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
         return pyfuse3.FileInfo(fh=self._numbers.base + number, keep_cache=True)
 
-    # --- extended attributes: answered ENOSYS once, then the kernel never asks again (architecture §7) ----
+    # --- extended attributes: unless asked for, ENOSYS once; then the kernel never asks again (architecture §7) --
 
-    async def getxattr(self, inode: InodeT, name: Any, ctx: RequestContext) -> bytes:
-        raise FUSEError(errno.ENOSYS)
+    @handler
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
+        value = self._xattrs(inode).get(name.decode(errors="replace"))
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value.encode()
 
+    @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[Any]:
-        raise FUSEError(errno.ENOSYS)
+        return [name.encode() for name in self._xattrs(inode)]
 
-    async def setxattr(self, inode: InodeT, name: Any, value: bytes, ctx: RequestContext) -> None:
-        raise FUSEError(errno.ENOSYS)
+    @handler
+    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        self._refuse_xattr(name)
 
-    async def removexattr(self, inode: InodeT, name: Any, ctx: RequestContext) -> None:
-        raise FUSEError(errno.ENOSYS)
+    @handler
+    async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        self._refuse_xattr(name)
+
+    def _xattrs(self, inode: int) -> dict[str, str]:
+        if self.xattrs is None:
+            raise FUSEError(errno.ENOSYS)
+        return self.xattrs.of(inode)
+
+    def _refuse_xattr(self, name: bytes) -> None:
+        """Ours are answers; of others, a datastore has no place for them."""
+        if self.xattrs is None:
+            raise FUSEError(errno.ENOSYS)
+        raise FUSEError(errno.EPERM if name.startswith(PREFIX.encode()) else errno.EOPNOTSUPP)
 
 
 def entry_of(found: Attributes) -> pyfuse3.EntryAttributes:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import trio
+from cachetools import LRUCache
 
 from swampfs.errors import AbsentError, IntegrityError, SwampfsError
 from swampfs.names import RelPath
@@ -21,6 +22,7 @@ from swampfs.sync.parts import Parts
 from swampfs.threads import Lane
 
 _MISMATCH_PAUSE_S = 0.25
+_REMEMBERED = 1000  # failures
 
 
 def hash_file(path: str) -> str:
@@ -56,6 +58,8 @@ class Hydrator:
         self._start_soon = start_soon
         self._timeout_s = timeout_s
         self._flights: dict[RelPath, _Flight] = {}
+        self.failures: LRUCache[str, str] = LRUCache(_REMEMBERED)
+        """Path → why its content could not be brought here, the last time."""
 
     async def hydrate(self, path: RelPath) -> None:
         """Return when the content of ``path`` is local.
@@ -91,8 +95,10 @@ class Hydrator:
         flight = self._flights[path]
         try:
             await self._fetch(path)
+            self.failures.pop(path, None)
         except Exception as error:
             flight.error = error
+            self.failures[path] = error.line() if isinstance(error, SwampfsError) else str(error)
         finally:
             del self._flights[path]
             flight.done.set()
