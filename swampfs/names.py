@@ -239,6 +239,16 @@ def model_of(rel: str) -> ModelRef | None:
     return None
 
 
+def marker_of(rel: str) -> RelPath | None:
+    """The ``latest`` of the data name that a path belongs to, ``None`` if it belongs to none."""
+    model = model_of(rel)
+    if model is None:
+        return None
+    above = f"data/{model}/"
+    name, _, within = rel[len(above) :].partition("/")
+    return RelPath(f"{above}{name}/latest") if name and within else None
+
+
 def version_of(rel: str) -> int | None:
     """The version of a data name that a path is or lies in, ``None`` if it is about all of them or of no model."""
     model = model_of(rel)

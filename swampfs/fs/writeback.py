@@ -122,8 +122,7 @@ class Writeback:
         with trio.move_on_after(timeout_s) as scope:
             while left := self._left(wanted):
                 done = self._round_done
-                if even_open:
-                    self._even_open.update(left)
+                self._even_open.update(path for path in left if even_open or self._is_held_back(path))
                 for path in left:
                     self._due[lease_path(path)] = 0.0
                 self._wake.set()
@@ -140,6 +139,10 @@ class Writeback:
             left = self._left(wanted)
             why = f": {self.last_error}" if self.last_error else ""
             raise PushPendingError(f"{len(left)} change(s) are not pushed after {timeout_s:g} s{why}")
+
+    def _is_held_back(self, path: str) -> bool:
+        """Somebody who asks for a push now wants what is under a lock, too."""
+        return path in self._sync.unfinished and not self._sync.is_open(path)
 
     # --- parts --------------------------------------------------------------------------------------------
 

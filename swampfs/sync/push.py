@@ -54,6 +54,7 @@ from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock, hold
 from swampfs.sync.parallel import for_each
 from swampfs.sync.parts import Parts
+from swampfs.sync.unfinished import Unfinished
 from swampfs.threads import Lane
 
 _UPLOADS_AT_ONCE = 16
@@ -98,22 +99,25 @@ class Pusher:
         self._drop_content = drop_content
         self._make_lock = make_lock
         self._leases = leases
+        self.unfinished = Unfinished(parts.journal, parts.cache, leases)
 
     async def push(
         self, paths: Sequence[str], *, even_open: Container[str] = ()
     ) -> tuple[PushReport, list[TreeChange]]:
         """Push the given journaled paths, each under its lock.
 
-        Paths still open for writing wait for their close, unless they are in ``even_open``: then what they hold now is
-        published. Paths of models that others have locked wait for their release. Returns what was done and what the
-        kernel must forget.
+        Paths still open for writing wait for their close, and what a user does under a lock until it is a whole
+        (:mod:`swampfs.sync.unfinished`), unless they are in ``even_open``: then what is there now is published. Paths
+        of models that others have locked wait for their release. Returns what was done, what the kernel must forget.
 
         Raises:
             LockTimeoutError: the global lock is held; nothing was committed, and our own locks were given back.
             LeaseLostError, StoreError: what was not committed stays journaled; the same push can be repeated.
         """
         try:
-            return await self._push(paths, lambda path: path not in even_open and self._is_open(path))
+            return await self._push(
+                paths, lambda path: path not in even_open and (self._is_open(path) or path in self.unfinished)
+            )
         except LockTimeoutError:
             await self._leases.give_way()
             raise

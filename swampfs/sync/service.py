@@ -97,6 +97,8 @@ class SyncService:
             make_lock=self.lock,
             leases=self.leases,
         )
+        self.unfinished: Container[str] = self._pusher.unfinished
+        """Changes that wait for the end of what a user does under a lock."""
         self._prove = prove
         self._make_lock = make_lock
         self.on_changes: Callable[[list[TreeChange]], None] | None = None

@@ -14,9 +14,11 @@ from swampfs.names import (
     is_publishable,
     is_scratch,
     is_servable,
+    marker_of,
     model_of,
     partition_key,
     rel_path,
+    version_of,
 )
 
 TEMP = ".0f0e9c1a-6b1f-4d1b-8a33-2c7b0d5e9f10.tmp"
@@ -74,6 +76,21 @@ def test_partition_keys_are_those_of_the_wire_format(rel, key):
 )
 def test_models_are_found_by_markers_not_by_depth(rel, model):
     assert model_of(rel) == model
+
+
+@pytest.mark.parametrize(
+    ("rel", "version", "marker"),
+    [
+        (f"data/aws/ec2/{UUID}/state/3/raw", 3, f"data/aws/ec2/{UUID}/state/latest"),
+        (f"data/aws/ec2/{UUID}/12/3/metadata.yaml", 3, f"data/aws/ec2/{UUID}/12/latest"),
+        (f"data/aws/ec2/{UUID}/state/3/", 3, f"data/aws/ec2/{UUID}/state/latest"),
+        (f"data/aws/ec2/{UUID}/state/latest", None, f"data/aws/ec2/{UUID}/state/latest"),
+        (f"data/aws/ec2/{UUID}/state", None, None),
+        (f"outputs/aws/{UUID}/3/raw", None, None),
+    ],
+)
+def test_versions_and_their_markers_are_found_in_paths(rel, version, marker):
+    assert (version_of(rel), marker_of(rel)) == (version, marker)
 
 
 def test_a_models_lock_has_the_key_of_the_swamp_extensions():
