@@ -169,7 +169,7 @@ class Tree:
         self._sync.mark_deleted(node)
         self._unname(node)
         self._sync.cache.remove(node.path)
-        self._catalog.remove(node)
+        self._catalog.remove(node, by_user=True)
         self._catalog.unhide(node.path)
         if node.path in self._sync.journal:
             self._on_dirty(node.path)
@@ -182,7 +182,7 @@ class Tree:
         if self._catalog.has_children(node.ino):
             raise fail(errno.ENOTEMPTY, node.path)
         self._sync.cache.remove_dir(node.path)
-        self._catalog.remove(node)
+        self._catalog.remove(node, by_user=True)
         self._catalog.unhide(node.path)
         if self._inodes.is_held(node.ino):
             self._inodes.orphans[node.ino] = Orphan(node, None)
@@ -236,6 +236,13 @@ class Tree:
                 raise errors[0]
         self._move(node, target, over)
         return node.path, target
+
+    def moved_with(self, node: Node, target: RelPath) -> list[RelPath]:
+        """Every path, old and new, that others would see change if a directory were renamed to ``target``."""
+        below = ["/", *(file.path[len(node.path) :] for file in self._catalog.files_below(node.path))]
+        below += [path[len(node.path) :] for path in self._catalog.empty_directories(node.path)]
+        below += [found.path[len(node.path) :] for found in self._catalog.unusual_directories(node.path)]
+        return [RelPath(end + path) for end in (node.path, target) for path in ("", *below)]
 
     def _check_rename(self, node: Node, target: RelPath, over: Node | None, replace: bool) -> None:
         if node.is_dir and (target + "/").startswith(node.path + "/"):
@@ -320,7 +327,7 @@ class Tree:
         node = await self._files.make_local(node)
         taken = take(self._sync.cache.path(node.path), node.mode)
         self._sync.mark_deleted(node)
-        self._catalog.remove(node)
+        self._catalog.remove(node, by_user=True)
         self._files.lost_name(node.ino, node.path, [])
         self._inodes.alias(node.ino, taken.ino)
         self._on_dirty(node.path)

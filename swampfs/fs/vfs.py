@@ -229,16 +229,19 @@ class FileSystem:
             return None, path
         return directory, path
 
-    async def _place_for_writing(self, parent: int, name: str, caller: Caller) -> tuple[Node | None, RelPath]:
-        """As :meth:`_place`, with the lock of a datastore path in hand."""
+    async def _place_for_writing(
+        self, parent: int, name: str, caller: Caller, *, within: bool = False
+    ) -> tuple[Node | None, RelPath]:
+        """As :meth:`_place`, with the lock of a datastore path in hand; ``within``: and of what is to be in it."""
         directory, path = self._place(parent, name)
-        if directory is not None and not self._guard.lets(path):
-            await self._guard.wait(caller.pid, path)
+        paths = (path, f"{path}/") if within else (path,)
+        if directory is not None and not self._guard.lets(*paths):
+            await self._guard.wait(caller.pid, *paths)
             return self._place(parent, name)  # anything may have happened while we waited
         return directory, path
 
     async def mkdir(self, parent: int, name: str, mode: int, caller: Caller) -> Attributes:
-        directory, path = await self._place_for_writing(parent, name, caller)
+        directory, path = await self._place_for_writing(parent, name, caller, within=True)
         if directory is None:
             found = self._local.mkdir(path, mode, caller.owner)
         else:
@@ -338,8 +341,8 @@ class FileSystem:
         if self._catalog.child(parent, name) is None and self._local.owns(path):
             self._local.rmdir(path)
             return
-        if not self._guard.lets(path):
-            await self._guard.wait(caller.pid, path)
+        if not self._guard.lets(path, f"{path}/"):
+            await self._guard.wait(caller.pid, path, f"{path}/")
             directory = self.tree.directory(parent)
         if self._local.children(path):
             raise fail(errno.ENOTEMPTY, path)
@@ -386,10 +389,7 @@ class FileSystem:
             paths = [path for directory, path in (self._end(*old), self._end(*new)) if directory is not None]
             node = self._catalog.at(paths[0]) if len(paths) == 2 else None
             if node is not None and node.is_dir:
-                below = [file.path for file in self._catalog.files_below(node.path)]
-                below += self._catalog.empty_directories(node.path)
-                below += [directory.path for directory in self._catalog.unusual_directories(node.path)]
-                paths += [*below, *(RelPath(paths[1] + path[len(node.path) :]) for path in below)]
+                paths = self.tree.moved_with(node, paths[1])
             if len({lease_path(path) for path in paths}) > _MOST_LOCKS:
                 raise fail(errno.EXDEV, f"{paths[0]}: it is below too many locks")  # mv(1) copies, a lock at a time
             if self._guard.lets(*paths):

@@ -122,13 +122,14 @@ class Catalog:
         return map(_row_node, rows)
 
     def empty_directories(self, scope: str) -> list[RelPath]:
-        """Directories below ``scope`` that were made by ``mkdir`` and have nothing in them that others see."""
+        """Directories at or below ``scope`` that were made by ``mkdir`` and have nothing in them that others see."""
         low, high = (f"{scope}/", f"{scope}0") if scope else ("", "\U0010ffff")
         rows = self.db.execute(
-            "SELECT path FROM node AS directory WHERE explicit = 1 AND path > ? AND path < ? AND kind = ?"
+            "SELECT path FROM node AS directory"
+            " WHERE explicit = 1 AND (path = ? OR (path > ? AND path < ?)) AND path != '' AND kind = ?"
             f" AND NOT EXISTS (SELECT 1 FROM node WHERE parent = directory.ino AND (kind = ? OR {_PUBLISHED}"
             " AND NOT is_scratch(name))) ORDER BY path",
-            (low, high, Kind.DIRECTORY, Kind.DIRECTORY),
+            (scope, low, high, Kind.DIRECTORY, Kind.DIRECTORY),
         ).fetchall()
         return [RelPath(row[0]) for row in rows]
 
@@ -221,9 +222,10 @@ class Catalog:
         )  # fmt: skip
         return int(cursor.lastrowid or 0)
 
-    def remove(self, node: Node) -> None:
+    def remove(self, node: Node, *, by_user: bool = False) -> None:
+        """``by_user``: of this machine; then its directory stays, as on any disk, when that was the last in it."""
         self.drop(node)
-        self.touch(node.parent, time.time_ns())
+        self.touch(node.parent, time.time_ns(), keep=by_user)
 
     def drop(self, node: Node) -> None:
         """Remove a name; the inode stays under its others."""
@@ -275,7 +277,7 @@ class Catalog:
             "UPDATE node SET path = ? || substr(path, ?) WHERE path >= ? AND path < ?",
             (target, len(node.path) + 1, f"{node.path}/", f"{node.path}0"),
         )
-        self.touch(node.parent, now)
+        self.touch(node.parent, now, keep=True)
         self.touch(parent.ino, now)
 
     def unpublish(self, path: RelPath) -> None:
@@ -292,8 +294,11 @@ class Catalog:
             (partition if base else None, *_base(base), path),
         )
 
-    def touch(self, ino: int, mtime_ns: int) -> None:
-        self.db.execute("UPDATE node SET mtime_ns = ?, ctime_ns = ? WHERE ino = ?", (mtime_ns, mtime_ns, ino))
+    def touch(self, ino: int, mtime_ns: int, *, keep: bool = False) -> None:
+        self.db.execute(
+            "UPDATE node SET mtime_ns = ?, ctime_ns = ?, explicit = explicit OR ? WHERE ino = ?",
+            (mtime_ns, mtime_ns, keep, ino),
+        )
 
     def set_content(self, ino: int, found: os.stat_result) -> None:
         """What was written here, as it is on this machine."""

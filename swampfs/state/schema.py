@@ -45,7 +45,7 @@ CREATE TABLE node (
     uid           INTEGER NOT NULL DEFAULT -1,        -- -1: the mount's owner
     gid           INTEGER NOT NULL DEFAULT -1,
     residency     INTEGER NOT NULL DEFAULT 0,         -- records.Residency: STUB, CLEAN or DIRTY
-    explicit      INTEGER NOT NULL DEFAULT 0,         -- directory made by mkdir: stays when it becomes empty
+    explicit      INTEGER NOT NULL DEFAULT 0,         -- directory made, or emptied, by a user: stays
     partition     TEXT,                               -- partition the base entry was read from; NULL: unpublished
     base_size     INTEGER,                            -- the remote entry last in step with this node
     base_sha256   TEXT,

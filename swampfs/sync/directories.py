@@ -144,7 +144,7 @@ class Directories:
     def _here(self, name: RelPath) -> _Record:
         """What this machine has to say of the directories under a lock."""
         scope = _scope(name)
-        empty = [path for path in self._catalog.empty_directories(scope) if lease_path(path) == name]
+        empty = [path for path in self._catalog.empty_directories(scope) if _may_name(name, path)]
         special = self._catalog.unusual_directories(scope)
         return _Record(1, empty, {node.path: _of(node) for node in special if lease_path(node.path) == name})
 
@@ -214,11 +214,16 @@ def _of(node: Node) -> _Attributes:
     )
 
 
+def _may_name(name: RelPath, path: RelPath) -> bool:
+    """Whether the record of a lock may say of a directory that it is empty: what is, or would be, under it."""
+    return lease_path(path) == name or lease_path(f"{path}/") == name
+
+
 def _decode(body: bytes, name: RelPath) -> _Record | None:
     """Only what may stand there: a foreign name would be made a directory of this machine. ``None``: not readable."""
     try:
         raw: Any = msgspec.json.decode(body)
-        directories = [path for text in raw["directories"] if lease_path(path := rel_path(text)) == name]
+        directories = [path for text in raw["directories"] if _may_name(name, path := rel_path(text))]
         attributes = {
             path: msgspec.convert(value, _Attributes)
             for text, value in raw.get("attributes", {}).items()

@@ -60,7 +60,7 @@ def _redo(catalog: Catalog, cache: CacheDir, journal: Journal, record: DirtyPath
         if node is None or not node.is_dir:  # else the name is a directory's by now
             cache.remove(record.path)
             if node is not None and not node.is_special:  # or a pipe's
-                catalog.remove(node)
+                catalog.remove(node, by_user=True)
     elif record.op is Op.WRITE:
         _redo_write(catalog, cache, journal, record, node)
     elif node is None:

@@ -65,6 +65,33 @@ def test_modes_owners_times_and_links_travel_to_other_machines(machines, datasto
     assert attributes(fresh.path) == attributes(a.path)
 
 
+def test_a_directory_that_was_emptied_is_there_on_the_next_machine_and_one_that_was_removed_is_not(datastore, fleet):
+    a = fleet.machine("a", datastore.env)
+    a.mount(datastore.url)
+    places = ["files", "files/t", "files/t/in", "data/test/m", "outputs", "outputs/x/y"]
+    for place in places:
+        (a.path / place).mkdir(parents=True, exist_ok=True)
+        (a.path / place / "file").touch()
+    a.flush()
+    for place in places:
+        (a.path / place / "file").unlink()
+    a.flush()
+    fresh = fleet.machine("b", datastore.env)
+    fresh.mount(datastore.url)
+    for place in places:
+        assert (fresh.path / place).is_dir(), place
+        with pytest.raises(FileExistsError):
+            (fresh.path / place).mkdir()
+    (fresh.path / "files/t/in").rmdir()
+    (fresh.path / "files/t").rmdir()
+    (fresh.path / "outputs").rename(fresh.path / "audit")
+    fresh.flush()
+    last = fleet.machine("c", datastore.env)
+    last.mount(datastore.url)
+    assert [(last.path / place).is_dir() for place in places] == [True, False, False, True, False, False]
+    assert (last.path / "audit/x/y").is_dir()
+
+
 def directories(root):
     """Mode and owner of each."""
     found = {}

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,40 @@ def test_close_to_open_shows_at_the_next_open_what_another_machine_has_closed(bu
     assert (a.path / raw).read_text() == "closed on A, then on B"
     a.umount()
     b.umount()
+
+
+def test_readers_never_miss_a_file_that_is_being_replaced(bucket, fleet):
+    a, b = fleet.machine("a", bucket.env), fleet.machine("b", bucket.env, options=("--refresh", "100ms"))
+    a.mount(bucket.url)
+    b.mount(bucket.url)
+    (a.path / "files").mkdir()
+    target, errors, seen, done = "files/target", [], {a.name: [], b.name: []}, threading.Event()
+    (a.path / target).write_text("0" * 2000)
+    a.flush()
+    wait_for(lambda: (b.path / target).exists(), "it is there")
+
+    def read(machine):
+        while not done.is_set():
+            try:
+                body = (machine.path / target).read_text()
+            except OSError as error:
+                errors.append((machine.name, error))
+            else:
+                assert len(body) == 2000 and len(set(body)) == 1, "one version, whole"
+                seen[machine.name].append(ord(body[0]))
+
+    threads = [threading.Thread(target=read, args=(machine,)) for machine in (a, a, b, b)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(1, 60):
+            (a.path / "files/.target.swp").write_text(chr(ord("0") + number) * 2000)
+            os.rename(a.path / "files/.target.swp", a.path / target)
+            if number % 4 == 0:
+                time.sleep(0.3)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    assert len(set(seen[a.name])) > 20 and len(set(seen[b.name])) > 2, "they read while it happened"
