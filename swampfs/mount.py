@@ -26,6 +26,7 @@ from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
 from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
+from swampfs.fs.cache_limit import CacheLimit
 from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.guard import Guard, is_family
 from swampfs.fs.localtier import LocalTier
@@ -41,6 +42,7 @@ from swampfs.fuse.federation import OWN, Federation
 from swampfs.fuse.operations import PLAIN, Operations
 from swampfs.names import RelPath, lease_path, rel_path
 from swampfs.settings import Backend, Consistency, MountSettings
+from swampfs.state.ballast import Ballast
 from swampfs.sync.lease import LONGEST_S
 from swampfs.sync.leases import Leases
 from swampfs.sync.namespaces import Namespaces
@@ -143,6 +145,7 @@ class Mount:
     refresh: Refresh
     started_at: float
     stop: trio.Event
+    cache: CacheLimit
     foreign: ForeignNamespaces | None = None
 
     def status(self) -> dict[str, Any]:
@@ -179,6 +182,7 @@ class Mount:
                 for finding in self.sync.catalog.findings()[:100]
             ],
             "openFiles": len(self.fs.files),
+            "cache": {"bytes": self.cache.used, "limit": self.cache.limit, "evicted": self.cache.evicted},
             "lastError": error,
             "refreshAgeMs": self.refresh.age_ms(),
             "visibilityMs": self.sync.visibility.as_json(),
@@ -401,11 +405,18 @@ def _compose(
         writeback.touch_all()
         nursery.start_soon(writeback.run)
         nursery.start_soon(sync.leases.run)
-    mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event(), foreign)
+    cache = _limited_cache(settings, sync, fs, nursery)
+    mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event(), cache, foreign)
     fs.views = mount.views(owner)
-    if settings.xattrs:
-        operations.xattrs = Xattrs(sync, fs.inodes, lambda: writeback.last_error)
+    operations.xattrs = Xattrs(sync, fs.inodes, lambda: writeback.last_error) if settings.xattrs else None
     return mount
+
+
+def _limited_cache(settings: MountSettings, sync: SyncService, fs: FileSystem, nursery: trio.Nursery) -> CacheLimit:
+    cache = CacheLimit(sync, fs.files, settings.cache_bytes, Ballast(f"{settings.state_dir}/state/ballast"))
+    sync.use_room(cache)
+    nursery.start_soon(cache.run)
+    return cache
 
 
 def _join_leases(leases: Leases, fs: FileSystem, writeback: Writeback, settings: MountSettings) -> None:

@@ -28,6 +28,8 @@ from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY, GcsConfig, S3Con
 MARKER = ".swamp.yaml"
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)?$")
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
@@ -120,6 +122,7 @@ class MountSettings:
     lock_ttl_s: float = 30.0
     consistency: Consistency = Consistency.BOUNDED
     all_namespaces: bool = False
+    cache_bytes: int = 10 << 30
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False
@@ -137,6 +140,14 @@ def duration_s(text: str) -> float:
     if not match:
         raise SettingsError(f"{text!r} is not a duration", remedy="write it like 500ms, 2s or 1m")
     return float(match[1]) * _UNIT_SECONDS[match[2]]
+
+
+def size_bytes(text: str) -> int:
+    """``500M``, ``10G``, ``1T`` (powers of 1024) or plain bytes."""
+    match = _SIZE.match(text.strip())
+    if not match:
+        raise SettingsError(f"{text!r} is not a size", remedy="write it like 500M or 10G")
+    return int(float(match[1]) * _UNIT_BYTES[match[2].upper()])
 
 
 def user_data_dir(env: Mapping[str, str]) -> Path:

@@ -27,6 +27,7 @@ from swampfs.settings import (
     duration_s,
     read_repo,
     resolve_source,
+    size_bytes,
     tiers_of,
     user_data_dir,
     with_namespace,
@@ -60,6 +61,14 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
         raise click.BadParameter(error.line(), ctx, param) from None
 
 
+def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """Option callback: ``500M``, ``10G`` → bytes."""
+    try:
+        return size_bytes(value)
+    except SettingsError as error:
+        raise click.BadParameter(error.line(), ctx, param) from None
+
+
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[SOURCE] [MOUNTPOINT]")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
@@ -69,6 +78,8 @@ def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
               help="Show every namespace below its name; all but the bound one are read-only.")  # fmt: skip
 @click.option("--state-dir", envvar="SWAMPFS_STATE_DIR", type=click.Path(path_type=Path),
               help="Where this machine keeps content, journal and catalog.")  # fmt: skip
+@click.option("--cache-size", envvar="SWAMPFS_CACHE_SIZE", callback=size, default="10G", show_default=True,
+              help="How much content this machine keeps; clean files nobody has open go.")  # fmt: skip
 @click.option("--refresh", envvar="SWAMPFS_REFRESH", callback=seconds, default="2s", show_default=True,
               help="How often to look for changes by others.")  # fmt: skip
 @click.option("--push-delay", envvar="SWAMPFS_PUSH_DELAY", callback=seconds, default="2s", show_default=True,
@@ -243,6 +254,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         repo=repo,
         tiers=tiers_of(repo),
         all_namespaces=flags["all_namespaces"],
+        cache_bytes=flags["cache_size"],
         read_only=flags["read_only"],
         refresh_s=flags["refresh"],
         push_delay_s=flags["push_delay"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
 from swampfs.names import RelPath, is_scratch, lease_path
 from swampfs.records import Kind, Node, Residency
+from swampfs.sync.room import is_full
 from swampfs.sync.service import SyncService
 from swampfs.threads import Lane
 
@@ -72,6 +74,8 @@ class Files:
         self._handles: dict[int, Handle] = {}
         self._open: dict[int, OpenFile] = {}
         self._next = 1
+        self.last_use: dict[int, float] = {}
+        """Inode → when it was opened last, in seconds of the monotonic clock. Whoever evicts forgets."""
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -203,6 +207,7 @@ class Files:
     def _track(self, fd: int, node: Node, flags: int, pid: int) -> int:
         file = self._open.setdefault(node.ino, OpenFile(node.path))
         file.linked = file.linked or node.links > 1
+        self.last_use[node.ino] = time.monotonic()
         if flags & _WRITING:
             file.writers.append(fd)
         else:
@@ -233,8 +238,14 @@ class Files:
             if file.path is not None:
                 self._about_to_change(handle.ino, file)
         view, done = memoryview(data), 0
+        room = self._sync.room
         while done < len(data):
-            done += os.pwrite(handle.fd, view[done:], offset + done)
+            try:
+                room.check()
+                done += os.pwrite(handle.fd, view[done:], offset + done)
+            except OSError as error:
+                if not is_full(error) or not await room.make_room(len(data)):
+                    raise
         if self._locks is not None and handle.ino >= LOCK_BASE:
             await self._locks.written(handle.ino, handle.fd)
         return done
@@ -393,4 +404,5 @@ class Files:
             return
         if (node.size, node.mtime_ns, node.blocks) != (found.st_size, found.st_mtime_ns, found.st_blocks):
             self._sync.catalog.set_content(ino, found)
+            self._sync.room.came(found.st_size)
         self._changed(node)

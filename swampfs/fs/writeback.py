@@ -16,6 +16,7 @@ import trio
 from swampfs.errors import PushPendingError, SwampfsError
 from swampfs.names import RelPath, is_publishable, lease_path
 from swampfs.records import PushReport
+from swampfs.state.schema import is_disk_full
 from swampfs.sync.service import SyncService
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class Writeback:
                 report = await self._push(groups)
             except Exception as error:  # this task must outlive whatever a push meets
                 self.last_error = _line(error)
+                if is_disk_full(error):
+                    self._sync.room.databases_need_room()
                 if isinstance(error, SwampfsError | OSError):
                     log.info("push failed, retrying in %.0f s: %s", backoff, error)
                 else:

@@ -114,6 +114,10 @@ class Federation(pyfuse3.Operations):
         self._owner = owner
         self._since_ns = time.time_ns()
 
+    def disk_is_full(self) -> None:
+        """A database could not be written."""
+        self.own.disk_is_full()
+
     async def part(self, where: int) -> tuple[Operations, int]:
         """Whose inode or handle this is, and what it is called there. Opens a namespace at the first look into it."""
         if not _is_foreign(where):

@@ -78,6 +78,7 @@ def handler(fn: F) -> F:
             raise FUSEError(error.errno or errno.EIO) from None
         except Exception as error:
             if is_disk_full(error):
+                args[0].disk_is_full()
                 raise FUSEError(errno.ENOSPC) from None
             log.exception("%s failed", fn.__name__)
             raise FUSEError(errno.EIO) from None
@@ -125,6 +126,10 @@ class Operations(pyfuse3.Operations):
         """Set by the composition root if they were asked for at mount."""
         self.in_use: Counter[int] = Counter()
         """Directories whose names are being changed."""
+
+    def disk_is_full(self) -> None:
+        """A database could not be written."""
+        self._fs.sync.room.databases_need_room()
 
     @contextmanager
     def using(self, directory: int) -> Iterator[None]:

@@ -73,6 +73,23 @@ class CacheDir:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def snapshot(self, rel: RelPath, target: str) -> int:
+        """Copy a file's bytes as of one moment; returns its modification time in ns. Raises FileNotFoundError."""
+        reader = self.open(rel)
+        try:
+            writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                while os.copy_file_range(reader, writer, 1 << 30):
+                    pass
+            except OSError:
+                os.unlink(target)
+                raise
+            finally:
+                os.close(writer)
+            return os.fstat(reader).st_mtime_ns
+        finally:
+            os.close(reader)
+
     def remove(self, rel: RelPath) -> None:
         try:
             os.unlink(self.path(rel))

@@ -53,6 +53,7 @@ INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid,
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
+_LOCAL = f"kind = {Kind.FILE:d} AND residency <> {Residency.STUB:d}"
 _UNUSUAL = f"kind = {Kind.DIRECTORY:d} AND (mode <> {DIRECTORY_MODE} OR uid >= 0 OR gid >= 0)"
 _PUBLISHED = f"kind IN ({Kind.FILE:d}, {Kind.SYMLINK:d})"
 
@@ -71,6 +72,7 @@ class Catalog:
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
         self.db.create_function("is_scratch", 1, is_scratch, deterministic=True)
         self.db.execute("CREATE INDEX IF NOT EXISTS node_explicit ON node (path) WHERE explicit = 1")
+        self.db.execute(f"CREATE INDEX IF NOT EXISTS node_local ON node (residency, size) WHERE {_LOCAL}")
         self.db.execute(f"CREATE INDEX IF NOT EXISTS node_unusual ON node (path) WHERE {_UNUSUAL}")
         if self.db.execute("SELECT 1 FROM node WHERE ino = ?", (ROOT_INO,)).fetchone() is None:
             now = time.time_ns()
@@ -144,6 +146,17 @@ class Catalog:
     def dirty_files(self) -> list[RelPath]:
         rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,)).fetchall()
         return [RelPath(row[0]) for row in rows]
+
+    def local_bytes(self) -> int:
+        """Sizes of all files whose content is here, together."""
+        return int(self.db.execute(f"SELECT coalesce(sum(size), 0) FROM node WHERE {_LOCAL}").fetchone()[0])
+
+    def clean_files(self) -> list[Node]:
+        """Files whose content is here and in the datastore."""
+        rows = self.db.execute(
+            f"{_SELECT} WHERE {_LOCAL} AND residency = ? AND partition IS NOT NULL AND links = 1", (Residency.CLEAN,)
+        ).fetchall()
+        return [_row_node(row) for row in rows]
 
     def totals(self) -> dict[str, int]:
         """Counts and bytes for ``statfs`` and ``status``."""
@@ -306,6 +319,10 @@ class Catalog:
             f"UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, blocks = ?, residency = ? WHERE {_INODE}",
             (found.st_size, found.st_mtime_ns, time.time_ns(), found.st_blocks, Residency.DIRTY, ino, ino),
         )
+
+    def evicted(self, ino: int) -> None:
+        """Its content is in the datastore only."""
+        self.db.execute("UPDATE node SET residency = ?, blocks = NULL WHERE ino = ?", (Residency.STUB, ino))
 
     def set_residency(self, ino: int, residency: Residency) -> None:
         self.db.execute(f"UPDATE node SET residency = ? WHERE {_INODE}", (residency, ino, ino))

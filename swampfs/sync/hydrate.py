@@ -19,6 +19,7 @@ from swampfs.errors import AbsentError, IntegrityError, SwampfsError
 from swampfs.names import RelPath
 from swampfs.records import IndexEntry, Residency
 from swampfs.sync.parts import Parts
+from swampfs.sync.room import Room, is_full
 from swampfs.threads import Lane
 
 _MISMATCH_PAUSE_S = 0.25
@@ -58,6 +59,8 @@ class Hydrator:
         self._start_soon = start_soon
         self._timeout_s = timeout_s
         self._flights: dict[RelPath, _Flight] = {}
+        self.room = Room()
+        """Where content goes; the composition root may set a limit."""
         self.failures: LRUCache[str, str] = LRUCache(_REMEMBERED)
         """Path → why its content could not be brought here, the last time."""
 
@@ -113,7 +116,15 @@ class Hydrator:
                 return
             staged = self._cache.stage()
             try:
-                problem = await self._download(node.base, staged)
+                try:
+                    self.room.check()
+                    problem = await self._download(node.base, staged)
+                except OSError as error:
+                    if os.path.lexists(staged):
+                        os.unlink(staged)
+                    if not is_full(error) or not await self.room.make_room(node.base.size):
+                        raise
+                    continue
                 if problem is None:
                     if self._admit(node.base, staged):
                         return
@@ -155,4 +166,5 @@ class Hydrator:
             return True
         self._cache.admit(staged, entry.path, node.mtime_ns)
         self._catalog.set_residency(node.ino, Residency.CLEAN)
+        self.room.came(entry.size)
         return True

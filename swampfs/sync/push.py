@@ -54,6 +54,7 @@ from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock, hold
 from swampfs.sync.parallel import for_each
 from swampfs.sync.parts import Parts
+from swampfs.sync.room import Room, is_full
 from swampfs.sync.unfinished import Unfinished
 from swampfs.threads import Lane
 
@@ -99,6 +100,7 @@ class Pusher:
         self._drop_content = drop_content
         self._make_lock = make_lock
         self._leases = leases
+        self.room = Room()
         self.unfinished = Unfinished(parts.journal, parts.cache, leases)
 
     async def push(
@@ -318,17 +320,28 @@ class Pusher:
         source = self._cache.path(record.path)
         key = self._keys.data(record.path)
 
-        def copy() -> tuple[int, int, str]:
-            mtime_ns = _snapshot(source, staged)
-            return mtime_ns, os.stat(staged).st_size, hash_file(staged)
+        def copy() -> int:
+            return self._cache.snapshot(record.path, staged)
+
+        def measure(path: str) -> tuple[int, str]:
+            return os.stat(path).st_size, hash_file(path)
 
         try:
-            mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, copy)
-            newest = self._journal.get(record.path)
-            if newest is None or newest.generation != record.generation:
+            try:
+                mtime_ns, content = await self._remote.threads.read(Lane.PUSH, copy), staged
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                # No room for a copy: the file itself, which nobody may change meanwhile.
+                await self.room.make_room(os.stat(source).st_size)
+                mtime_ns, content = os.stat(source).st_mtime_ns, source
+            size, sha256 = await self._remote.threads.read(Lane.PUSH, measure, content)
+            if not self._is_newest(record):
                 return None  # changed since the seal: the copy may be of half a change
             self._journal.note_sent(record, size, sha256)
-            info = await self._remote.put(key, staged, when)
+            info = await self._remote.put(key, content, when)
+            if content == source and not self._is_newest(record):
+                return None
             posix = self._posix(record.path, mtime_ns)
             return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix)
         except FileNotFoundError:
@@ -340,10 +353,13 @@ class Pusher:
             if os.path.lexists(staged):
                 os.unlink(staged)
 
+    def _is_newest(self, record: DirtyPath) -> bool:
+        newest = self._journal.get(record.path)
+        return newest is not None and newest.generation == record.generation
+
     def _lost(self, record: DirtyPath) -> None:
         """There is nothing to upload. If no newer record explains it, the content is gone: say so, do not ask again."""
-        newest = self._journal.get(record.path)
-        if newest is None or newest.generation != record.generation:
+        if not self._is_newest(record):
             return
         self._journal.forget(record.path)
         node = self._catalog.at(record.path)
@@ -475,18 +491,3 @@ class Pusher:
             made = self._catalog.at(directory)
             assert made is not None
             batch.changes.append(TreeChange(made.parent, made.name, made.parent))
-
-
-def _snapshot(source: str, target: str) -> int:
-    """Copy a file's bytes as of one moment; returns its modification time in ns. Raises FileNotFoundError."""
-    reader = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            while os.copy_file_range(reader, writer, 1 << 30):
-                pass
-        finally:
-            os.close(writer)
-        return os.fstat(reader).st_mtime_ns
-    finally:
-        os.close(reader)

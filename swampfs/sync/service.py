@@ -31,6 +31,7 @@ from swampfs.sync.pull import Puller
 from swampfs.sync.push import Pusher
 from swampfs.sync.remote import Remote
 from swampfs.sync.replay import replay
+from swampfs.sync.room import Room
 from swampfs.sync.visibility import Visibility
 
 log = logging.getLogger(__name__)
@@ -129,8 +130,16 @@ class SyncService:
         errors = await for_each(looks, lambda look: look(), at_once=_AT_ONCE)
         if errors:
             raise errors[0]
-        self._announce([change for found in records for change in self._directories.apply(found)])
+        self.announce([change for found in records for change in self._directories.apply(found)])
         await self.settle()
+
+    @property
+    def room(self) -> Room:
+        return self.hydrator.room
+
+    def use_room(self, room: Room) -> None:
+        """Where content goes has a limit."""
+        self.hydrator.room = self._pusher.room = room
 
     def close(self) -> None:
         self.catalog.close()
@@ -206,7 +215,7 @@ class SyncService:
         began = time.monotonic()
         changes = await self._puller.pull()
         self.refreshed_at = time.monotonic()
-        self._announce(changes)
+        self.announce(changes)
         if changes:
             await self.settle()
         self.visibility.polled(began, found=bool(changes))
@@ -217,10 +226,11 @@ class SyncService:
         report, changes = await self._pusher.push(paths, even_open=even_open)
         if len(self.journal) == 0:
             self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
-        self._announce(changes)
+        self.announce(changes)
         return report
 
-    def _announce(self, changes: list[TreeChange]) -> None:
+    def announce(self, changes: list[TreeChange]) -> None:
+        """Tell whoever shows them to others."""
         if changes and self.on_changes is not None:
             self.on_changes(changes)
 

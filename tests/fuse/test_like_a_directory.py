@@ -207,7 +207,7 @@ def do_a_round(bucket, fleet, number):
     @given(steps=st.lists(STEP, min_size=LENGTH, max_size=LENGTH))
     def both(steps):
         with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
-            place = f"files/{number}-{next(numbers)}/t"  # SeaweedFS may lose what comes where all was removed just now
+            place = f"files/{number}-{next(numbers)}/t"  # SeaweedFS loses objects named as a folder once was
             do_both(Shell(machine.path / place), Shell(Path(scratch, "t")), steps)
 
     both()

@@ -1,0 +1,109 @@
+"""How much content stays on this machine: ``--cache-size``, and a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+
+import pytest
+
+from tests.datastores import check_bucket, load_shards
+from tests.harness import wait_for
+
+MIB = 1 << 20
+FILES = [(f"files/{number:02}", bytes([number]) * MIB) for number in range(20)]
+
+
+@pytest.fixture
+def datastore(bucket):
+    load_shards(bucket, FILES)
+    return bucket
+
+
+def local(machine):
+    """Names whose content is on this machine."""
+    return {name for name in os.listdir(machine.path / "files") if os.stat(machine.path / "files" / name).st_blocks}
+
+
+def read(machine, number):
+    return (machine.path / f"files/{number:02}").read_bytes()
+
+
+def test_the_longest_unused_content_goes_when_there_is_too_much(datastore, fleet):
+    a = fleet.machine("a", datastore.env, options=("--cache-size", "8M", "--refresh", "200ms"))
+    a.mount(datastore.url)
+    for number in range(8):
+        assert read(a, number) == FILES[number][1]
+    with open(a.path / "files/01", "rb") as held:
+        read(a, 0)  # the youngest now
+        for number in range(8, 12):
+            assert read(a, number) == FILES[number][1]
+        wait_for(lambda: a.status()["cache"]["bytes"] <= 8 * MIB, "there is no more than allowed")
+        kept = local(a)
+        assert {"00", "01", "11"} <= kept, "what is open, and what was used last"
+        assert not {"02", "03", "04"} & kept, "the longest unused"
+        assert held.read() == FILES[1][1]
+    assert read(a, 2) == FILES[2][1], "it is fetched again"
+    assert a.status()["cache"]["limit"] == 8 * MIB
+
+
+def test_what_is_not_in_the_datastore_yet_is_never_evicted(datastore, fleet):
+    a = fleet.machine("a", datastore.env, options=("--cache-size", "2M", "--push-delay", "1h"))
+    a.mount(datastore.url)
+    for number in range(4):
+        (a.path / f"files/new-{number}").write_bytes(b"n" * MIB)
+    for number in range(6):
+        read(a, number)
+    wait_for(lambda: len(local(a)) <= 4, "what is clean went")
+    assert local(a) == {f"new-{number}" for number in range(4)}
+    a.flush()
+    wait_for(lambda: a.status()["cache"]["bytes"] <= 2 * MIB, "after the push they may go")
+    assert check_bucket(datastore)["files/new-3"] == b"n" * MIB
+    assert (a.path / "files/new-3").read_bytes() == b"n" * MIB
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 12 MiB for a state directory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_is_made_room_on_for_what_is_read_and_written(datastore, fleet, small_disk):
+    a = fleet.machine("a", datastore.env, options=("--push-delay", "200ms"))
+    a.state_dir = small_disk / "state"
+    a.mount(datastore.url)
+    for number, (_, body) in enumerate(FILES):
+        assert read(a, number) == body, "all of it, though it is more than the disk holds"
+    (a.path / "files/large").write_bytes(b"l" * 6 * MIB)
+    a.flush()
+    assert check_bucket(datastore)["files/large"] == b"l" * 6 * MIB
+
+
+def test_what_does_not_fit_is_enospc_and_takes_nothing_with_it(datastore, fleet, small_disk):
+    a = fleet.machine("a", datastore.env, options=("--push-delay", "1h"))
+    a.state_dir = small_disk / "state"
+    a.mount(datastore.url)
+    (a.path / "files/kept").write_bytes(b"k" * 4 * MIB)
+    with pytest.raises(OSError) as caught:
+        (a.path / "files/large").write_bytes(b"l" * 16 * MIB)
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError) as caught:
+        read(a, 1)
+    assert caught.value.errno == errno.ENOSPC
+    assert (a.path / "files/kept").read_bytes() == b"k" * 4 * MIB
+    os.unlink(a.path / "files/large")
+    assert read(a, 1) == FILES[1][1], "with room again, all goes on"
+    a.flush()
+    assert check_bucket(datastore) == {**dict(FILES), "files/kept": b"k" * 4 * MIB}
+
+
+@pytest.mark.parametrize("text", ["ten", "-1G", "10 apples"])
+def test_a_bad_cache_size_is_a_usage_error(text, datastore, fleet):
+    done = fleet.machine("a", datastore.env).mount(datastore.url, "--cache-size", text, check=False)
+    assert done.returncode == 1
+    assert "is not a size" in done.stderr
