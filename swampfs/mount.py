@@ -430,7 +430,11 @@ def _join_leases(leases: Leases, fs: FileSystem, writeback: Writeback, settings:
 
 async def _publish(leases: Leases, writeback: Writeback, lock: RelPath, timeout_s: float) -> None:
     """Before a user's lock is given up: commit what was written under it and under our own locks."""
-    mine = [path for path in writeback.pending() if lease_path(path) == lock or leases.holds(lease_path(path))]
+    mine = [
+        path
+        for path in writeback.pending()
+        if lease_path(path) == lock or leases.holds(lease_path(path)) or writeback.is_held_back(path)
+    ]
     if mine:
         await writeback.flush(mine, timeout_s, even_open=True)
     await leases.give_back_idle()

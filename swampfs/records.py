@@ -294,5 +294,5 @@ class PushReport(NamedTuple):
     deleted: int = 0
     conflicts: tuple[str, ...] = ()
     waiting: tuple[RelPath, ...] = ()  # locks that others hold
-    open_files: tuple[str, ...] = ()  # left for later, still being written
+    open_files: tuple[str, ...] = ()  # left for later: still being written, or unfinished
     failure: Exception | None = None  # of a file that could not be uploaded or removed; the rest was committed

@@ -10,14 +10,14 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from swampfs.fs.attributes import KINDS, Attributes, fail, stale
 from swampfs.fs.files import Files
 from swampfs.fs.inodes import Inodes, Orphan
 from swampfs.names import MAX_LINK, RelPath, check_name, is_scratch, join, rel_path
 from swampfs.records import Change, DirtyPath, Kind, Node, Op, Residency, TreeChange
-from swampfs.state.catalog import LINK_MODE
+from swampfs.state.catalog import CHANGED, LINK_MODE
 from swampfs.sync.parallel import for_each
 from swampfs.sync.service import SyncService
 
@@ -181,6 +181,7 @@ class Tree:
             raise fail(errno.ENOTDIR, node.path)
         if self._catalog.has_children(node.ino):
             raise fail(errno.ENOTEMPTY, node.path)
+        self._changed([node])
         self._sync.cache.remove_dir(node.path)
         self._catalog.remove(node, by_user=True)
         self._catalog.unhide(node.path)
@@ -281,6 +282,7 @@ class Tree:
         with self._catalog.transaction():
             if over is not None:
                 self._catalog.remove(over)
+            self._changed([node, *self._catalog.unusual_directories(node.path)] if node.is_dir else [])
             self._catalog.move(node, target)
             self._catalog.unhide(node.path)
             self._catalog.unpublish(target)
@@ -308,6 +310,8 @@ class Tree:
         if change.mtime_ns is not None and not node.is_dir and self._sync.cache.stat(node.path) is not None:
             # The file carries the time too: it is what a push reads and what replay trusts.
             os.utime(self._sync.cache.path(node.path), ns=(change.mtime_ns, change.mtime_ns))
+        if change.is_of_access:
+            self._changed([node] if node.is_dir and node.path else [])
         mode = None if change.mode is None else change.mode & 0o7777
         shown = (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None)
         names = self._files.names_of(node) if shown and node.kind in (Kind.FILE, Kind.SYMLINK) else []
@@ -317,6 +321,11 @@ class Tree:
         for name in names:
             if name.path in self._sync.journal:
                 self._on_dirty(name.path)
+
+    def _changed(self, directories: Iterable[Node]) -> None:
+        """What others last said of their modes and owners is not to be restored (:mod:`swampfs.sync.directories`)."""
+        for node in directories:
+            self._catalog.set_fact(f"{CHANGED}:{node.path}", "")
 
     # --- across tiers -------------------------------------------------------------------------------------
 

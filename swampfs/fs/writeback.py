@@ -27,6 +27,8 @@ _LONGEST_DEBOUNCE = 10  # times the delay: a file appended to for ever is still 
 _FIRST_BACKOFF_S = 1.0
 _LAST_BACKOFF_S = 30.0
 _FLUSH_RETRY_S = 0.2
+_SOON_S = 0.2
+_LOOK_S = 0.5  # how often it is seen whether what is held back may go
 
 
 class Writeback:
@@ -43,6 +45,7 @@ class Writeback:
         self.conflicts = 0
         self.waiting_for: tuple[RelPath, ...] = ()
         self._pushing: set[Group] = set()
+        self._held: set[str] = set()  # journaled paths that wait for the end of what a user does under a lock
         self._even_open: set[str] = set()  # a user gave a lock back, or closed a file: what it holds now counts
 
     def touch(self, path: RelPath) -> None:
@@ -69,6 +72,10 @@ class Writeback:
         if group in self._due:
             self._due[group] = min(self._due[group], time.monotonic())
             self._wake.set()
+
+    def is_held_back(self, path: str) -> bool:
+        """Whether a path waits for a user's lock to be given back; that its group is pending is not said of it."""
+        return path in self._held
 
     def pending(self) -> list[str]:
         """Journaled paths that will be published."""
@@ -108,7 +115,9 @@ class Writeback:
                 self.conflicts += len(report.conflicts)
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)
-                self._again({lease_path(path) for path in report.open_files}, self._delay_s)
+                held = {path for path in report.open_files if self._is_held_back(path)}
+                self._held |= held
+                self._again({lease_path(path) for path in set(report.open_files) - held}, max(self._delay_s, _SOON_S))
             self._pushing = set()
             self._round_done.set()
             self._round_done = trio.Event()
@@ -164,12 +173,23 @@ class Writeback:
     async def _sleep_until_due(self) -> None:
         while True:
             now = time.monotonic()
+            self._let_go()
             if self._due and min(self._due.values()) <= now:
                 return
             self._wake = trio.Event()
             pause = min(self._due.values()) - now if self._due else float("inf")
+            if self._held:
+                pause = min(pause, _LOOK_S)
             with trio.move_on_after(pause):
                 await self._wake.wait()
+
+    def _let_go(self) -> None:
+        """What was held back and may go, because its lock was given back, or lost, is due."""
+        free = {path for path in self._held if path not in self._sync.unfinished}
+        self._held -= free
+        for path in free:
+            if path in self._sync.journal:
+                self._due.setdefault(lease_path(path), 0.0)
 
     async def _push(self, groups: set[Group]) -> PushReport:
         paths = [path for path in self.pending() if lease_path(path) in groups]

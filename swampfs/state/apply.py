@@ -195,18 +195,13 @@ class _Work:
         self._catalog.report(self._findings)
 
     def _prune(self, directory: str) -> None:
-        while directory:
-            row = self._catalog.db.execute(
-                "SELECT ino, parent, name FROM node WHERE path = ? AND explicit = 0", (directory,)
-            ).fetchone()
-            if row is None or self._catalog.has_children(row[0]):
-                return
-            self._catalog.db.execute("DELETE FROM node WHERE ino = ?", (row[0],))
+        while (node := self._catalog.implied(directory)) is not None:
+            self._catalog.drop(node)
             self._catalog.unhide(directory)
-            self._applied.changes.append(TreeChange(row[1], row[2], row[0]))
-            self._newest.pop(row[0], None)
-            self._newest[row[1]] = self._now
-            directory = directory.rpartition("/")[0]
+            self._applied.changes.append(TreeChange(node.parent, node.name, node.ino))
+            self._newest.pop(node.ino, None)
+            self._newest[node.parent] = self._now
+            directory = node.path.rpartition("/")[0]
 
     def _clash(self, path: str, why: str, partition: str) -> None:
         self._findings.append(Finding(path, "index-clash", f"skipped: {why}", partition))

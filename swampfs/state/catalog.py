@@ -39,6 +39,7 @@ NO_POSIX = Posix()
 FILE_MODE = 0o644
 LINK_MODE = 0o777
 DIRECTORY_MODE = 0o755
+CHANGED = "directory"  # kind of a fact: mode or owner of a directory was changed here, and others do not know yet
 
 _NODE = (
     "coalesce(shared, ino), parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, partition,"
@@ -101,12 +102,13 @@ class Catalog:
 
     def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Node]:
         """Entries of a directory in the order of their places, so that a position survives concurrent change."""
-        rows = self.db.execute(
-            f"{_SELECT} WHERE parent = ? AND coalesce(place, ino) > ? AND ino != {ROOT_INO}"
-            " ORDER BY coalesce(place, ino) LIMIT ?",
+        return self._nodes(
+            f"parent = ? AND coalesce(place, ino) > ? AND ino != {ROOT_INO} ORDER BY coalesce(place, ino) LIMIT ?",
             (parent, after, limit),
-        ).fetchall()
-        return [_row_node(row) for row in rows]
+        )
+
+    def _nodes(self, where: str, parameters: tuple[Any, ...]) -> list[Node]:
+        return [_row_node(row) for row in self.db.execute(f"{_SELECT} WHERE {where}", parameters).fetchall()]
 
     def has_children(self, parent: int) -> bool:
         row = self.db.execute(
@@ -123,6 +125,15 @@ class Catalog:
         ).fetchall()
         return map(_row_node, rows)
 
+    def implied(self, path: str) -> Node | None:
+        """The empty directory at a path that was only there for what was in it."""
+        row = self.db.execute(
+            f"{_SELECT} AS directory WHERE path = ? AND explicit = 0 AND kind = {Kind.DIRECTORY:d}"
+            " AND NOT EXISTS (SELECT 1 FROM node WHERE parent = directory.ino)",
+            (path,),
+        ).fetchone()
+        return _node(row)
+
     def empty_directories(self, scope: str) -> list[RelPath]:
         """Directories at or below ``scope`` that were made by ``mkdir`` and have nothing in them that others see."""
         low, high = (f"{scope}/", f"{scope}0") if scope else ("", "\U0010ffff")
@@ -138,10 +149,7 @@ class Catalog:
     def unusual_directories(self, scope: str) -> list[Node]:
         """Directories below ``scope`` whose mode or owner is not what a directory has by itself."""
         low, high = (f"{scope}/", f"{scope}0") if scope else ("", "\U0010ffff")
-        rows = self.db.execute(
-            f"{_SELECT} WHERE {_UNUSUAL} AND path > ? AND path < ? ORDER BY path", (low, high)
-        ).fetchall()
-        return [_row_node(row) for row in rows]
+        return self._nodes(f"{_UNUSUAL} AND path > ? AND path < ? ORDER BY path", (low, high))
 
     def dirty_files(self) -> list[RelPath]:
         rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,)).fetchall()
@@ -153,10 +161,7 @@ class Catalog:
 
     def clean_files(self) -> list[Node]:
         """Files whose content is here and in the datastore."""
-        rows = self.db.execute(
-            f"{_SELECT} WHERE {_LOCAL} AND residency = ? AND partition IS NOT NULL AND links = 1", (Residency.CLEAN,)
-        ).fetchall()
-        return [_row_node(row) for row in rows]
+        return self._nodes(f"{_LOCAL} AND residency = ? AND partition IS NOT NULL AND links = 1", (Residency.CLEAN,))
 
     def totals(self) -> dict[str, int]:
         """Counts and bytes for ``statfs`` and ``status``."""

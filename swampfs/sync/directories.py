@@ -14,10 +14,10 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from swampfs.errors import AbsentError, PreconditionError, SwampfsError
-from swampfs.names import LEASES, Keyspace, RelPath, lease_path, parent_of, rel_path
+from swampfs.names import LEASES, Keyspace, RelPath, is_servable, lease_path, parent_of, rel_path
 from swampfs.provider import ABSENT, ObjectInfo, matching
 from swampfs.records import Change, Kind, Node, Residency, TreeChange
-from swampfs.state.catalog import DIRECTORY_MODE, Catalog
+from swampfs.state.catalog import CHANGED, DIRECTORY_MODE, Catalog
 from swampfs.sync.parallel import for_each
 from swampfs.sync.remote import Remote
 from swampfs.threads import Lane
@@ -116,18 +116,21 @@ class Directories:
             for path in set(known.directories).difference(record.directories):
                 changes += self._hide(path)
             for path in known.attributes.keys() | record.attributes.keys():
-                theirs, base = (side.attributes.get(path) for side in (record, known))
-                if theirs != base:
-                    changes += self._set(path, base, theirs)
+                changes += self._set(path, record.attributes.get(path))
             there = {path: value for path, value in record.attributes.items() if self._at(path) is not None}
             self._remember(name, _Record(1, record.directories, there))
         return changes
 
     async def store(self, name: RelPath) -> None:
         """Leave what the next holder must know. One request if it changed. Raises StoreError."""
-        record = self._here(name)
         known = self._known(name)
+        for path, value in known.attributes.items():
+            node = self._at(path)
+            if node is not None and _of(node) == _Attributes():
+                self._set(path, value)  # others removed it and made it anew meanwhile
+        record = self._here(name)
         if record == known:
+            self._settle(name)
             return
         version = self._versions.pop(name, "")
         when = matching(version) if version else ABSENT
@@ -140,6 +143,13 @@ class Directories:
             log.info("the record of the directories of %s is a successor's by now", name)
             return
         self._remember(name, record)
+        self._settle(name)
+
+    def _settle(self, name: RelPath) -> None:
+        """What was done to directories here is in the record."""
+        for path in self._catalog.facts(CHANGED):
+            if lease_path(path) == name:
+                self._catalog.drop_fact(f"{CHANGED}:{path}")
 
     def _here(self, name: RelPath) -> _Record:
         """What this machine has to say of the directories under a lock."""
@@ -168,7 +178,10 @@ class Directories:
         return node if node is not None and node.is_dir else None
 
     def _show(self, path: RelPath) -> list[TreeChange]:
-        if self._catalog.at(path) is not None:
+        there = self._catalog.at(path)
+        if there is not None:
+            if there.is_dir:
+                self._catalog.touch(there.ino, there.mtime_ns, keep=True)
             return []
         try:
             self._catalog.make_parents(path)
@@ -178,19 +191,21 @@ class Directories:
         return self._told(path, node.ino)
 
     def _hide(self, path: RelPath) -> list[TreeChange]:
-        """Another machine removed it."""
-        node = self._at(path)
-        if node is None or self._catalog.has_children(node.ino):
-            return []
-        self._catalog.remove(node)
-        return self._told(path, node.ino)
+        """Another machine removed it, and perhaps those above it that were there for nothing else."""
+        node, changes = self._at(path), []
+        while node is not None and not self._catalog.has_children(node.ino):
+            self._catalog.remove(node)
+            self._catalog.unhide(node.path)
+            changes += self._told(node.path, node.ino)
+            node = self._catalog.implied(parent_of(node.path))
+        return changes
 
-    def _set(self, path: RelPath, base: _Attributes | None, theirs: _Attributes | None) -> list[TreeChange]:
-        """Another machine changed attributes. Ours stay if they were changed here too."""
+    def _set(self, path: RelPath, wanted: _Attributes | None) -> list[TreeChange]:
+        """What others say of a directory, unless it was changed here since."""
         node = self._at(path)
-        if node is None or _of(node) != (base or _Attributes()):
+        wanted = wanted or _Attributes()
+        if node is None or _of(node) == wanted or self._catalog.fact(f"{CHANGED}:{path}") is not None:
             return []
-        wanted = theirs or _Attributes()
         mode = DIRECTORY_MODE if wanted.mode is None else wanted.mode
         uid, gid = (-1 if number is None else number for number in (wanted.uid, wanted.gid))
         self._catalog.set_attributes(node.ino, Change(mode=mode, uid=uid, gid=gid))
@@ -216,7 +231,16 @@ def _of(node: Node) -> _Attributes:
 
 def _may_name(name: RelPath, path: RelPath) -> bool:
     """Whether the record of a lock may say of a directory that it is empty: what is, or would be, under it."""
-    return lease_path(path) == name or lease_path(f"{path}/") == name
+    return (lease_path(path) == name or lease_path(f"{path}/") == name) and _may_be(path)
+
+
+def _may_be(path: RelPath) -> bool:
+    """Whether there may be such a directory in the datastore."""
+    while path:
+        if not is_servable(path):
+            return False
+        path = parent_of(path)
+    return True
 
 
 def _decode(body: bytes, name: RelPath) -> _Record | None:
@@ -227,9 +251,9 @@ def _decode(body: bytes, name: RelPath) -> _Record | None:
         attributes = {
             path: msgspec.convert(value, _Attributes)
             for text, value in raw.get("attributes", {}).items()
-            if lease_path(path := rel_path(text)) == name
+            if lease_path(path := rel_path(text)) == name and _may_be(path)
         }
-    except (ValueError, KeyError, TypeError, AttributeError, SwampfsError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SwampfsError) as error:
         log.info("the record of the directories of %s is not readable: %s", name, error)
         return None
     return _Record(1, directories, attributes)

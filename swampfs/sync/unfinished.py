@@ -26,7 +26,8 @@ class Unfinished:
     def __contains__(self, path: object) -> bool:
         """Removed, or of a version that ``latest`` does not show yet, under a lock that a user holds."""
         assert isinstance(path, str)
-        if self._leases.taken(lease_path(path)) is None and self._leases.taken_global() is None:
+        lease = self._leases.taken(lease_path(path))
+        if (lease is None or not lease.lock.is_sure) and self._leases.taken_global() is None:
             return False
         if self._journal.op(path) is Op.DELETE:
             return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -534,3 +535,40 @@ def test_a_moved_file_does_not_keep_the_kernel_from_hearing_of_changes(two):
         b.flush()
         wait_for(lambda: (a.path / "files/q/f").stat().st_size == len("new and longer"), "stat sees it", 5)
         assert held_open.read() == "old"
+
+
+def test_a_user_of_the_global_lock_goes_on_writing_while_removals_wait(two, bucket):
+    a, b = two
+    (a.path / "files/p").mkdir(parents=True)
+    (a.path / "files/p/seed").touch()
+    a.flush()
+    wait_for(lambda: (b.path / "files/p/seed").exists(), "it is there")
+    with open(a.path / ".datastore.lock", "x") as lock:
+        lock.write("mine")
+    (a.path / "files/p/seed").unlink()
+    number, enough = 0, time.monotonic() + 8  # longer than our own lock is held for one writer after another
+    while time.monotonic() < enough:
+        (a.path / f"files/p/new-{number}").touch()
+        number += 1
+        time.sleep(0.3)
+    wait_for(lambda: (b.path / "files/p/new-0").exists(), "what is written is published")
+    assert (b.path / "files/p/seed").exists(), "what is removed may be about to be replaced"
+    (a.path / ".datastore.lock").unlink()
+    wait_for(lambda: not (b.path / "files/p/seed").exists(), "with the lock, that is over")
+
+
+def test_what_a_killed_holder_of_a_lock_file_left_half_done_is_published_when_its_lock_ends(bucket, fleet):
+    load_shards(bucket, FILES)
+    a = fleet.machine("a", bucket.env, options=("--refresh", "200ms", "--push-delay", "200ms", "--lock-ttl", "2s"))
+    a.mount(bucket.url)
+    script = f"set -C; echo x > {a.path / LOCK}; rm {a.path / MODEL}/n/1/raw; sleep 60"
+    holder = subprocess.Popen(["bash", "-c", script], start_new_session=True)
+    try:
+        wait_for(lambda: not (a.path / MODEL / "n/1/raw").exists(), "it works under the lock")
+        enough = time.monotonic() + 1
+        while time.monotonic() < enough:
+            assert f"{MODEL}/n/1/raw" in bucket.keys(), "the lock is held"
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.wait()
+    wait_for(lambda: f"{MODEL}/n/1/raw" not in bucket.keys(), "the removal is published")
