@@ -266,15 +266,17 @@ async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callabl
     check_mountpoint(settings)
     _raise_file_limit()
     failure: list[Exception] = []
+    threads = Threads()
     with ExitStack() as at_end:
         at_end.callback(os.close, lock_state_dir(settings.state_dir))
         beneath = _local_root(settings)
         at_end.callback(os.close, beneath)
         async with trio.open_nursery() as nursery:
             try:
-                await _start(settings, env, beneath, nursery, on_ready=on_ready, at_end=at_end)
+                await _start(settings, env, beneath, nursery, threads=threads, on_ready=on_ready, at_end=at_end)
             except Exception as error:  # re-raised below: the nursery would wrap it in a group
                 failure.append(error)
+            await threads.leave(settings.timeout_s)
             nursery.cancel_scope.cancel()
     if failure:
         raise failure[0]
@@ -302,10 +304,10 @@ async def _start(
     beneath: int,
     nursery: trio.Nursery,
     *,
+    threads: Threads,
     on_ready: Callable[[], None],
     at_end: ExitStack,
 ) -> None:
-    threads = Threads()
     own = settings.source.backend is Backend.FILESYSTEM and settings.source.directory == str(settings.mountpoint)
     datastore = open_datastore(
         settings.source,

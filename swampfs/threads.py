@@ -41,6 +41,9 @@ class Threads:
         self._limiters = {lane: trio.CapacityLimiter(wanted.get(lane, lane.value[1])) for lane in Lane}
         self.hops = 0
         """Calls so far, for ``status``: a warm operation adds none."""
+        self._writes: set[trio.CancelScope] = set()
+        self._idle = trio.Event()
+        self._leaving = False
 
     async def read(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
         """Run something without effects; on cancellation the thread is left to finish alone."""
@@ -48,6 +51,25 @@ class Threads:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
 
     async def write(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
-        """Run something with effects; its outcome is always awaited."""
+        """Run something with effects; its outcome is awaited whatever is cancelled, until :meth:`leave`."""
         self.hops += 1
-        return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane])
+        scope = trio.CancelScope(shield=not self._leaving)
+        self._writes.add(scope)
+        try:
+            with scope:
+                return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
+        finally:
+            self._writes.remove(scope)
+            if not self._writes:
+                self._idle.set()
+                self._idle = trio.Event()
+        raise AssertionError("nobody cancels this scope")
+
+    async def leave(self, patience_s: float) -> None:
+        """The process ends: wait so long for what has effects, then for nothing more, as if it had been killed."""
+        with trio.move_on_after(patience_s):
+            while self._writes:
+                await self._idle.wait()
+        self._leaving = True
+        for scope in self._writes:
+            scope.shield = False

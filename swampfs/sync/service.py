@@ -155,7 +155,8 @@ class SyncService:
         try:
             await self.pull_changed()
             if not known:
-                for found in await self._directories.read_all():
+                records = await self._directories.read_all()
+                for found in (*records, *records):  # one may say the mode of what another shows
                     self._directories.apply(found)
         except Exception as error:
             if not (known and getattr(error, "retryable", False)):

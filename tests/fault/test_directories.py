@@ -112,6 +112,19 @@ def test_a_mode_stays_when_others_empty_the_directory_and_fill_it_in_one_step(tm
     run(tmp_path, main)
 
 
+def test_a_new_machine_sees_the_mode_of_an_empty_directory_at_the_border_of_two_locks(tmp_path):
+    async def main(a, b, store):
+        await a.mkdirs("files/t")
+        await a.chmod("files/t", 0o777)
+        await a.touch("files/t/x")
+        await a.unlink("files/t/x")
+        await a.idle()
+        async with machine(store, tmp_path / "c") as c:
+            assert c.mode("files/t") == 0o777
+
+    run(tmp_path, main)
+
+
 def test_a_directory_outlives_what_was_in_it_wherever_that_was_removed(tmp_path):
     async def main(a, b, store):
         await a.mkdirs("files/p/x/y")

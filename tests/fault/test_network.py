@@ -1,0 +1,120 @@
+"""Every fault of a network, times every operation of a user: what happens, and how long anybody waits at most.
+
+A row is a fault, set while the mount is idle; the columns are done one after the other, each in a process of its own.
+Whatever needs no answer of the store must not notice. When the fault is over the mount is whole again, by itself.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from swampfs.testing.fault_proxy import Fault, FaultProxy
+from tests.datastores import check_bucket, load_shards
+from tests.harness import wait_for
+
+TIMEOUT_S = 2.0
+BOUND_S = TIMEOUT_S + 2.0  # no user waits longer; the rest is the start of a process on a busy machine
+MODEL = "data/test/7b1463fb-2730-4225-aef5-5f9f9a66c7d9/n"
+FILES = [(f"{MODEL}/{number}/raw", f"content {number}".encode() * 50) for number in range(1, 9)]
+FILES += [(f"{MODEL}/latest", b"8"), ("files/old", b"old"), ("files/gone", b"gone"), ("files/moved", b"moved")]
+
+SLOW = {Fault.LATE, Fault.NARROW, Fault.SKEWED}
+"""All works, later."""
+PROGRAMS = {
+    "ls cached": "import os; assert len(os.listdir('files')) >= 3",
+    "ls uncached": f"import os; assert sorted(os.listdir('{MODEL}/7')) == ['raw']",
+    "stat": f"import os; assert os.stat('{MODEL}/6/raw').st_size == 450",
+    "cat local": f"assert open('{MODEL}/1/raw').read() == 'content 1' * 50",
+    "cat remote": f"assert open('{MODEL}/2/raw').read() == 'content 2' * 50",
+    "write+close": "open('files/new', 'w').write('new')",
+    "fsync": "import os; f = open('files/synced', 'w'); f.write('synced'); f.flush(); os.fsync(f.fileno()); f.close()",
+    "rename": "import os; os.rename('files/moved', 'files/moved-2')",
+    "mkdir": "import os; os.mkdir('files/made')",
+    "rm": "import os; os.remove('files/gone')",
+}
+NEEDS_NOTHING = {"ls cached", "ls uncached", "stat", "cat local"}
+
+
+@pytest.fixture
+def proxy(server):
+    proxy = FaultProxy(server.endpoint)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def machine(bucket, fleet, proxy):
+    load_shards(bucket, FILES)
+    env = {**bucket.env, "AWS_ENDPOINT_URL_S3": proxy.url}
+    options = ("--timeout", f"{TIMEOUT_S:g}s", "--refresh", "300ms", "--push-delay", "200ms")
+    machine = fleet.machine("a", env, options=options)
+    machine.mount(bucket.url)
+    (machine.path / f"{MODEL}/1/raw").read_bytes()
+    (machine.path / "files/moved").read_bytes()
+    return machine
+
+
+def do(machine, program):
+    """The last thing a process said, ``ok`` for success, and how long it took; one that hangs is an error here."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=machine.path, capture_output=True, timeout=60, text=True
+    )
+    said = done.stderr.strip().splitlines()[-1:] or ["ok"]
+    return said[0], time.monotonic() - began
+
+
+def expected(fault, operation):
+    """How the answer to a user begins."""
+    if operation in NEEDS_NOTHING or fault in SLOW:
+        return "ok"
+    if fault is Fault.DENIED:
+        return "PermissionError"  # an answer, not an outage: nothing is queued that may never be written
+    return ("TimeoutError", "OSError: [Errno 5]") if operation == "cat remote" else "ok"
+
+
+@pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name.lower())
+def test_no_fault_of_the_network_hangs_anybody_or_loses_anything(fault, machine, proxy, bucket):
+    proxy.set(fault)
+    for operation, program in PROGRAMS.items():
+        said, took = do(machine, program)
+        assert said.startswith(expected(fault, operation)), operation
+        assert took < (1.5 if operation in NEEDS_NOTHING else BOUND_S), operation
+    began = time.monotonic()
+    machine.status()
+    assert time.monotonic() - began < BOUND_S, "status answers from memory"
+    proxy.set(None)
+    mended = time.monotonic()
+    assert (machine.path / f"{MODEL}/3/raw").read_bytes() == FILES[2][1]
+    wait_for(lambda: machine.status()["dirty"] == 0, "everything is published", timeout_s=10)
+    assert time.monotonic() - mended < 10, "whole again, without a remount"
+    machine.umount()
+    left = dict(FILES)
+    if fault is not Fault.DENIED:
+        del left["files/gone"]
+        left |= {"files/new": b"new", "files/synced": b"synced", "files/moved-2": left.pop("files/moved")}
+    assert check_bucket(bucket) == left
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.BLACK_HOLE, Fault.UNAVAILABLE, Fault.RESET_AFTER], ids=lambda fault: fault.name
+)
+def test_an_unmount_while_nobody_answers_keeps_what_is_not_pushed(fault, machine, proxy, bucket):
+    proxy.set(fault)
+    (machine.path / "files/new").write_bytes(b"new")
+    began = time.monotonic()
+    done = machine.run("umount", "--timeout", "2s", str(machine.path), check=False)
+    assert done.returncode != 0 and "not pushed" in done.stderr
+    assert time.monotonic() - began < 2 + BOUND_S
+    pid = machine.pid()
+    machine.run("umount", "--lazy", str(machine.path))
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "it is gone, whatever is still unanswered", timeout_s=40)
+    proxy.set(None)
+    machine.mount(bucket.url)
+    machine.umount()
+    assert check_bucket(bucket)["files/new"] == b"new"
