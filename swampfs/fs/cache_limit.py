@@ -9,7 +9,8 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 import trio.lowlevel
@@ -39,6 +40,7 @@ class CacheLimit(Room):
         self.limit = limit
         self.evicted = 0  # files, since the mount
         self._came = 0
+        self._keepers = 0
         self._wake = trio.Event()
 
     @property
@@ -55,7 +57,7 @@ class CacheLimit(Room):
         """Keep to the limit, for ever."""
         while True:
             self._wake, self._came = trio.Event(), 0
-            if self.used > self.limit:
+            if self.used > self.limit and not self._keepers:
                 await self.free(self.used - int(self.limit * _LOW))
                 with trio.move_on_after(_AGAIN_S if self.used > self.limit else float("inf")):
                     await self._wake.wait()
@@ -66,9 +68,18 @@ class CacheLimit(Room):
         if not self._ballast.held and not self._ballast.hold():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        self._keepers += 1
+        try:
+            yield
+        finally:
+            self._keepers -= 1
+            self._wake.set()
+
     async def make_room(self, size: int) -> bool:
         """Evict at least so much, whatever the limit. Else what is left goes to the databases."""
-        freed = await self.free(max(size, int(self.used * (1 - _LOW))))
+        freed = 0 if self._keepers else await self.free(max(size, int(self.used * (1 - _LOW))))
         log.info("the disk of the state directory is full; %d bytes of clean content were evicted", freed)
         if not freed:
             self._ballast.release()

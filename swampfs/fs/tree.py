@@ -221,21 +221,22 @@ class Tree:
 
         What moves must be local, because only content that is here can be published under the new name.
         """
-        while True:
-            # Read anew after each wait: others may have moved or removed anything.
-            node = self.existing(self.directory(parent), name)
-            target = self.child_path(self.directory(new_parent), new_name)
-            over = self._catalog.child(new_parent, new_name)
-            if over is not None and over.ino == node.ino:
-                return node.path, target
-            self._check_rename(node, target, over, replace)
-            stubs = [file for file in self._catalog.files_below(node.path) if file.residency is Residency.STUB]
-            if not stubs:
-                break
-            errors = await for_each(stubs, self._files.make_local, at_once=_HYDRATE_AT_ONCE)
-            if errors:
-                raise errors[0]
-        self._move(node, target, over)
+        with self._sync.room.keeping():
+            while True:
+                # Read anew after each wait: others may have moved or removed anything.
+                node = self.existing(self.directory(parent), name)
+                target = self.child_path(self.directory(new_parent), new_name)
+                over = self._catalog.child(new_parent, new_name)
+                if over is not None and over.ino == node.ino:
+                    return node.path, target
+                self._check_rename(node, target, over, replace)
+                stubs = [file for file in self._catalog.files_below(node.path) if file.residency is Residency.STUB]
+                if not stubs:
+                    break
+                errors = await for_each(stubs, self._files.make_local, at_once=_HYDRATE_AT_ONCE)
+                if errors:
+                    raise errors[0]
+            self._move(node, target, over)
         return node.path, target
 
     def moved_with(self, node: Node, target: RelPath) -> list[RelPath]:

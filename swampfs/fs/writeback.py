@@ -115,7 +115,7 @@ class Writeback:
                 self.conflicts += len(report.conflicts)
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)
-                held = {path for path in report.open_files if self._is_held_back(path)}
+                held = {path for path in report.open_files if self._is_unfinished(path)}
                 self._held |= held
                 self._again({lease_path(path) for path in set(report.open_files) - held}, max(self._delay_s, _SOON_S))
             self._pushing = set()
@@ -134,7 +134,7 @@ class Writeback:
         with trio.move_on_after(timeout_s) as scope:
             while left := self._left(wanted):
                 done = self._round_done
-                self._even_open.update(path for path in left if even_open or self._is_held_back(path))
+                self._even_open.update(path for path in left if even_open or self._is_unfinished(path))
                 for path in left:
                     self._due[lease_path(path)] = 0.0
                 self._wake.set()
@@ -152,7 +152,7 @@ class Writeback:
             why = f": {self.last_error}" if self.last_error else ""
             raise PushPendingError(f"{len(left)} change(s) are not pushed after {timeout_s:g} s{why}")
 
-    def _is_held_back(self, path: str) -> bool:
+    def _is_unfinished(self, path: str) -> bool:
         """Somebody who asks for a push now wants what is under a lock, too."""
         return path in self._sync.unfinished and not self._sync.is_open(path)
 

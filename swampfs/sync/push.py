@@ -314,34 +314,32 @@ class Pusher:
     async def _upload_one(self, record: DirtyPath, when: Precondition) -> IndexEntry | None:
         """Upload a private copy, so that size, hash and bytes are of one moment (H26).
 
-        ``None`` if the file was changed, removed or renamed meanwhile: its newer journal record says what to do.
+        Where there is no room for one, the file itself, which then must not have changed meanwhile. ``None`` if the
+        file was changed, removed or renamed: its newer journal record says what to do.
         """
         staged = self._cache.stage()
         source = self._cache.path(record.path)
         key = self._keys.data(record.path)
 
-        def copy() -> int:
-            return self._cache.snapshot(record.path, staged)
-
-        def measure(path: str) -> tuple[int, str]:
-            return os.stat(path).st_size, hash_file(path)
-
-        try:
+        def take() -> tuple[str, int, int, str]:
             try:
-                mtime_ns, content = await self._remote.threads.read(Lane.PUSH, copy), staged
+                mtime_ns, content = self._cache.snapshot(record.path, staged), staged
             except OSError as error:
                 if not is_full(error):
                     raise
-                # No room for a copy: the file itself, which nobody may change meanwhile.
-                await self.room.make_room(os.stat(source).st_size)
                 mtime_ns, content = os.stat(source).st_mtime_ns, source
-            size, sha256 = await self._remote.threads.read(Lane.PUSH, measure, content)
+            return content, mtime_ns, os.stat(content).st_size, hash_file(content)
+
+        try:
+            content, mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, take)
+            if content == source and await self.room.make_room(size):
+                content, mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, take)
             if not self._is_newest(record):
                 return None  # changed since the seal: the copy may be of half a change
             self._journal.note_sent(record, size, sha256)
             info = await self._remote.put(key, content, when)
             if content == source and not self._is_newest(record):
-                return None
+                return None  # the object may be of half a change: the newer record replaces it
             posix = self._posix(record.path, mtime_ns)
             return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix)
         except FileNotFoundError:

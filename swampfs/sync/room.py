@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def is_full(error: OSError) -> bool:
@@ -21,6 +23,11 @@ class Room:
 
     def databases_need_room(self) -> None:
         """One of them met a full disk: what it does next may succeed."""
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """What comes meanwhile stays: it is needed all at once."""
+        yield
 
     async def make_room(self, size: int) -> bool:
         """The disk is full, and so many bytes are wanted. Returns whether to try again."""

@@ -63,6 +63,15 @@ def test_what_is_not_in_the_datastore_yet_is_never_evicted(datastore, fleet):
     assert (a.path / "files/new-3").read_bytes() == b"n" * MIB
 
 
+def test_a_directory_larger_than_the_limit_can_be_renamed(datastore, fleet):
+    a = fleet.machine("a", datastore.env, options=("--cache-size", "4M", "--push-delay", "200ms"))
+    a.mount(datastore.url)
+    (a.path / "files").rename(a.path / "audit")
+    a.flush()
+    assert check_bucket(datastore) == {path.replace("files/", "audit/"): body for path, body in FILES}
+    wait_for(lambda: a.status()["cache"]["bytes"] <= 4 * MIB, "then there is no more than allowed")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 12 MiB for a state directory."""
