@@ -7,12 +7,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEMANTICS = (ROOT / "docs/semantics.md").read_text()
+SECURITY = (ROOT / "docs/security.md").read_text()
 
 
 def test_every_guarantee_names_tests_that_exist():
     names = {
         name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
+    assert set(re.findall(r"`(test_\w+)`", SECURITY)) <= names
     for line in SEMANTICS.splitlines():
         if line.startswith("- "):
             named = re.findall(r"`(test_\w+)`", line)
