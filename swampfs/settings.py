@@ -167,6 +167,8 @@ def _expand(text: str, env: Mapping[str, str], base: Path, origin: str) -> str:
 
     if text == "~" or text.startswith("~/"):
         text = (env.get("HOME") or str(Path.home())) + text[1:]
+    if "\0" in text:
+        raise SettingsError(f"{origin}: {text!r} cannot be a path")
     expanded = _VARIABLE.sub(value, text)
     return os.path.normpath(os.path.join(base, expanded))
 
@@ -308,7 +310,7 @@ def read_repo(directory: Path) -> Repo:
             f"{directory} is not a swamp repository: there is no {MARKER}",
             remedy="pass a source such as s3://bucket/prefix, or run in a repository",
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"{marker} cannot be read: {reason}", remedy="correct the file") from None
     if not isinstance(document, dict):
@@ -346,6 +348,8 @@ def tiers_of(repo: Repo | None) -> TierPolicy:
 
 def resolve_source(argument: str | None, env: Mapping[str, str], cwd: Path) -> tuple[Source, Repo | None]:
     """SOURCE of the command line (URL, repository directory, or nothing) → datastore and repository."""
+    if argument is not None and "\0" in argument:
+        raise SettingsError(f"{argument!r} cannot be a path")
     if argument is not None and "://" in argument:
         return source_of_url(argument, env), None
     if argument is not None:

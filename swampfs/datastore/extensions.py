@@ -115,7 +115,7 @@ def _modules(directory: Path, broken: list[BrokenExtension]) -> list[Path]:
         named = (yaml.safe_load(manifest.read_text(encoding="utf-8")) or {}).get("datastores", [])
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise DatastoreTypeError("datastores must be a list of file names")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError, DatastoreTypeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError, DatastoreTypeError) as error:
         broken.append(BrokenExtension(str(manifest), " ".join(str(error).split())))
         return []
     return [directory / name for name in named]

@@ -290,6 +290,6 @@ def _as_seen_here(lock: Lock, holder: LockInfo | None, body: bytes, etag: str) -
     changed = holder._replace(pid=pid, acquired_at=acquired)
     try:
         extra = {**msgspec.json.decode(body), **changed.as_json()}
-    except (msgspec.DecodeError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return encode_lock(changed)
     return msgspec.json.format(msgspec.json.encode(extra), indent=2)

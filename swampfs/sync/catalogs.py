@@ -69,6 +69,6 @@ class Catalogs:
 def _rows(body: bytes) -> list[Any] | None:
     try:
         rows = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return None
     return rows if isinstance(rows, list) else None

@@ -174,7 +174,7 @@ def definition_id(body: bytes, origin: str) -> str:
     """Of a model definition. Raises NamespaceError: without it nobody can say whose data is whose."""
     try:
         found = yaml.safe_load(body)["id"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError, RecursionError):
         found = None
     if not isinstance(found, str) or not found:
         raise NamespaceError(f"{origin} is no definition with an id", remedy="mend or remove it; nothing was deleted")
@@ -184,7 +184,7 @@ def definition_id(body: bytes, origin: str) -> str:
 async def _metadata(surgery: Surgery, data: DataName, version: int) -> dict[str, Any] | None:
     try:
         found = yaml.safe_load(await surgery.content(RelPath(f"{data.path}/{version}/metadata.yaml")))
-    except (AbsentError, yaml.YAMLError, UnicodeDecodeError):
+    except (AbsentError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

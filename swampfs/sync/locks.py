@@ -55,7 +55,7 @@ def decode_lock(body: bytes) -> LockInfo | None:
             ttl_ms=max(1, min(int(raw["ttlMs"]), 24 * 3_600_000)),
             nonce=raw["nonce"] if isinstance(raw.get("nonce"), str) else None,
         )
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
         return None
 
 

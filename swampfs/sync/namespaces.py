@@ -35,7 +35,7 @@ def decode_manifest(body: bytes, namespace: str) -> NamespaceManifest:
         raw: Any = msgspec.json.decode(body)
         owner = raw["repoId"]
         return NamespaceManifest(namespace, owner if isinstance(owner, str) else "", str(raw.get("registeredAt", "")))
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return NamespaceManifest(namespace, "", "")
 
 
