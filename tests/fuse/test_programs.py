@@ -108,7 +108,7 @@ while True:
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-def test_a_database_survives_the_death_of_its_writers(machine, mode):
+def test_a_database_survives_the_death_of_its_writers(machine, another, mode):
     path = str(machine.path / "files/things.dat")
     db = sqlite3.connect(path, timeout=30)
     db.execute(f"PRAGMA journal_mode={mode}")
@@ -126,6 +126,11 @@ def test_a_database_survives_the_death_of_its_writers(machine, mode):
         rows = db.execute("SELECT count(*) FROM t").fetchone()[0]
         db.close()
         assert rows == counted(path) > 20
+    there = str(another().path / "files/things.dat")
+    assert counted(there) == rows
+    db = sqlite3.connect(there)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    db.close()
 
 
 def counted(path):
