@@ -171,6 +171,8 @@ class Model:
 
     def link(self, source, target):
         inode = self.at(source)
+        if self.names[os.path.dirname(target)].kind != stat.S_IFDIR:
+            refuse(errno.ENOTDIR)
         if inode.kind == stat.S_IFDIR:
             refuse(errno.EPERM)
         self._new(target, inode)
