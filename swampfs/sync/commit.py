@@ -331,7 +331,7 @@ class Commit:
             when = matching(etags[key]) if key in etags else ABSENT
             await self.remote.put(key, encode_document(new_shard(grouped[name])), when)
         old = self.meta.partitions if self.meta else ()
-        if not grouped or set(old) == set(grouped):
+        if set(old) == set(grouped):
             return self.meta_etag
         meta = Meta(
             IndexMode.MONOLITH, tuple([n for n in old if n in grouped] + [n for n in grouped if n not in old]), 0

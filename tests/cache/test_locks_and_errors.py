@@ -331,7 +331,7 @@ def test_a_cancelled_acquisition_leaves_no_lock(world):
     async def cancel() -> None:
         lock = world.provider().create_lock("/d")
         with trio.CancelScope() as scope:
-            world.fail("put", KEY, when=When.BEFORE, action=scope.cancel)
+            world.fail("put", KEY, when=When.BEFORE, action=lambda: trio.from_thread.run_sync(scope.cancel))
             await lock.acquire()
         assert scope.cancelled_caught or await lock.inspect() is None or not lock.lost
         await lock.release()

@@ -389,6 +389,13 @@ async def run(home: Path, index: str, steps) -> None:
 
 
 @pytest.mark.parametrize("index", ["v1", "v2"])
+def test_an_index_that_became_empty_leaves_no_shard_behind(index):
+    steps = [("write", "files/a", b"1"), ("push",), ("unlink", "files/a"), ("unlink", f"{MODEL_DIR}/a"), ("push",)]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+        trio.run(run, Path(home), index, steps)
+
+
+@pytest.mark.parametrize("index", ["v1", "v2"])
 def test_any_history_without_a_kernel_is_that_of_the_model(index):
     @settings(
         max_examples=-(-STEPS // LENGTH // 2),
