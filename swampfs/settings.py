@@ -28,7 +28,7 @@ from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY, GcsConfig, S3Con
 MARKER = ".swamp.yaml"
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)?$")
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_SIZE = re.compile(r"^(\d{1,18}(?:\.\d{1,18})?)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 

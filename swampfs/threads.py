@@ -6,6 +6,7 @@ would be a write nobody knows of (architecture §6).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from enum import Enum
@@ -41,6 +42,7 @@ class Threads:
         self._limiters = {lane: trio.CapacityLimiter(wanted.get(lane, lane.value[1])) for lane in Lane}
         self.hops = 0
         """Calls so far, for ``status``: a warm operation adds none."""
+        self._begun = trio.CapacityLimiter(math.inf)  # their lane counts them
         self._writes: set[trio.CancelScope] = set()
         self._idle = trio.Event()
         self._leaving = False
@@ -51,18 +53,19 @@ class Threads:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
 
     async def write(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
-        """Run something with effects; its outcome is awaited whatever is cancelled, until :meth:`leave`."""
+        """Run something with effects: once begun, its outcome is awaited whatever is cancelled, until :meth:`leave`."""
         self.hops += 1
-        scope = trio.CancelScope(shield=not self._leaving)
-        self._writes.add(scope)
-        try:
-            with scope:
-                return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
-        finally:
-            self._writes.remove(scope)
-            if not self._writes:
-                self._idle.set()
-                self._idle = trio.Event()
+        async with self._limiters[lane]:  # who still waits for a thread may be cancelled
+            scope = trio.CancelScope(shield=not self._leaving)
+            self._writes.add(scope)
+            try:
+                with scope:
+                    return await trio.to_thread.run_sync(fn, *args, limiter=self._begun, abandon_on_cancel=True)
+            finally:
+                self._writes.remove(scope)
+                if not self._writes:
+                    self._idle.set()
+                    self._idle = trio.Event()
         raise AssertionError("nobody cancels this scope")
 
     async def leave(self, patience_s: float) -> None:

@@ -264,7 +264,8 @@ def test_swamp_works_in_a_mount_as_on_a_disk_and_others_see_whole_versions(repo,
     watcher.start()
     calls, dice = history(5), random.Random(6)
     try:
-        # Now and then it is slow: what is half done then is pushed meanwhile, or must not be.
+        # Nothing is waited for here: now and then swamp itself is slow between two steps, for longer than a moment and
+        # the push delay. What is half done then is pushed meanwhile, or must not be.
         mounted = Swamp(a.path, lambda: time.sleep(3 * MOMENT_S) if dice.random() < 0.08 else None)
         said = run(mounted, calls)
         a.flush()
