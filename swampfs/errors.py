@@ -200,6 +200,12 @@ class StoreUnreachableError(StoreError):
     remedy = "check the endpoint and the network; work goes on from local state meanwhile"
 
 
+class CircuitOpenError(StoreUnreachableError):
+    """Not asked: the store has not answered for a while, and no probe says that it is back."""
+
+    retryable = False
+
+
 class StoreBusyError(StoreError):
     """429 or 5xx."""
 

@@ -19,6 +19,7 @@ from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Owner, stale
 from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.localtier import LocalTier
+from swampfs.fs.prefetch import Prefetch
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.xattrs import Xattrs
@@ -181,6 +182,9 @@ class ForeignNamespaces:
             on_dirty=_nothing,
             invalidate=invalidator,
         )
+        if settings.prefetch:
+            fs.files.prefetch = Prefetch(sync)
+            self._nursery.start_soon(fs.files.prefetch.run)
         if settings.consistency is Consistency.CLOSE_TO_OPEN:
             fs.close_to_open = CloseToOpen(sync, _never)
         operations = Operations(fs, settings.timeout_s, numbers)

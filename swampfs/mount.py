@@ -6,21 +6,19 @@ and proof → attach to the kernel → serve. Stop: push what is pending while s
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
 import resource
 import signal
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import trio
 
-from swampfs import __version__, registry
+from swampfs import registry
 from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
@@ -29,29 +27,36 @@ from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
 from swampfs.fs.consistency import CloseToOpen
 from swampfs.fs.guard import Guard, is_family
+from swampfs.fs.keeping import Keeping
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LockFiles
+from swampfs.fs.prefetch import Prefetch
 from swampfs.fs.refresh import Refresh
+from swampfs.fs.scrub import Scrub
+from swampfs.fs.settle import Settle
 from swampfs.fs.vfs import FileSystem
-from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
 from swampfs.fs.xattrs import Xattrs
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
+from swampfs.fuse.fastlane import FastLane, is_possible
 from swampfs.fuse.federation import OWN, Federation
-from swampfs.fuse.operations import PLAIN, Operations
-from swampfs.names import RelPath, lease_path, rel_path
+from swampfs.fuse.operations import PLAIN, Numbers, Operations
+from swampfs.names import RelPath, lease_path
+from swampfs.running import Mount
 from swampfs.settings import Backend, Consistency, MountSettings
 from swampfs.state.ballast import Ballast
 from swampfs.sync.lease import LONGEST_S
 from swampfs.sync.leases import Leases
 from swampfs.sync.namespaces import Namespaces
+from swampfs.sync.outage import watch
 from swampfs.sync.service import SyncService
 from swampfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
 _UNMOUNT_FLUSH_S = 60.0
+_M_ARENA_MAX, _HEAPS = -8, 2
 _REGISTERED = "namespace_registered_for"
 _LOCK_SHARE = 0.8  # of an operation's time, for waiting for a lock; the rest is for what it guards
 
@@ -133,130 +138,6 @@ def check_mountpoint(settings: MountSettings) -> None:
         )
 
 
-@dataclass(slots=True)
-class Mount:
-    """The parts of a running mount that commands and signals reach."""
-
-    settings: MountSettings
-    datastore: Datastore
-    sync: SyncService
-    fs: FileSystem
-    writeback: Writeback
-    refresh: Refresh
-    started_at: float
-    stop: trio.Event
-    cache: CacheLimit
-    foreign: ForeignNamespaces | None = None
-
-    def status(self) -> dict[str, Any]:
-        """``status --json``; from memory and the local catalog only."""
-        totals = self.sync.catalog.totals()
-        pending = self.writeback.pending()
-        watermark = self.sync.catalog.watermark()
-        error = self.refresh.last_error or self.writeback.last_error
-        return {
-            "pid": os.getpid(),
-            "version": __version__,
-            "mountpoint": str(self.settings.mountpoint),
-            "source": self.settings.source.url,
-            "namespace": self.settings.source.namespace or None,
-            "stateDir": str(self.settings.state_dir),
-            "readOnly": self.settings.read_only,
-            "healthy": error is None,
-            "backend": self.settings.source.backend.value,
-            "index": {"mode": watermark.mode.value, "commitSeq": watermark.commit_seq},
-            "latencyMs": self.datastore.trace.last_latency_ms,
-            "requests": dict(self.datastore.trace.counts),
-            "threadHops": self.datastore.remote.threads.hops,
-            "files": totals["files"],
-            "bytes": totals["bytes"],
-            "hydrated": totals["clean"] + totals["dirty"],
-            "dirty": len(pending),
-            "pending": [self._shown(path) for path in pending[:100]],
-            "locks": self.sync.leases.as_json(),
-            "lostLocks": self.sync.leases.lost,
-            "offline": self.sync.leases.reach.lost_since is not None,
-            "conflicts": len(self.sync.cache.conflicts()),
-            "findings": [
-                finding._replace(path=self._shown(finding.path))._asdict()
-                for finding in self.sync.catalog.findings()[:100]
-            ],
-            "openFiles": len(self.fs.files),
-            "cache": {"bytes": self.cache.used, "limit": self.cache.limit, "evicted": self.cache.evicted},
-            "lastError": error,
-            "refreshAgeMs": self.refresh.age_ms(),
-            "visibilityMs": self.sync.visibility.as_json(),
-            **({"namespaces": self.foreign.as_json()} if self.foreign is not None else {}),
-            "uptimeS": round(time.monotonic() - self.started_at, 1),
-        }
-
-    def views(self, owner: Owner) -> Views:
-        """``.swampfs/``: the same as ``status``, as files."""
-        return Views(
-            owner,
-            {
-                "status.json": lambda: document(self.status()),
-                "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
-                "locks": lambda: records(self.sync.leases.as_json()),
-                "errors": lambda: lines(
-                    [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
-                ),
-            },
-        )
-
-    def _shown(self, path: str) -> str:
-        """A path of the bound namespace, as this mount shows it."""
-        return path if self.foreign is None else f"{self.settings.source.namespace}/{path}"
-
-    def _own_paths(self, paths: Sequence[str] | None) -> list[RelPath] | None:
-        """Of paths below the mount point, those of the bound namespace, as that names them; ``None`` = all."""
-        if paths is None:
-            return None
-        checked = [rel_path(path) if path else RelPath("") for path in paths]
-        if self.foreign is None:
-            return checked
-        own = self.settings.source.namespace
-        return [
-            RelPath(path.removeprefix(own).removeprefix("/"))
-            for path in checked
-            if path in ("", own) or path.startswith(f"{own}/")
-        ]
-
-    def commands(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
-        async def status(_: Mapping[str, Any]) -> dict[str, Any]:
-            return self.status()
-
-        async def flush(message: Mapping[str, Any]) -> dict[str, Any]:
-            wanted = self._own_paths(message.get("paths"))
-            # Read-only, what an earlier mount left in the journal waits for one that may push.
-            if wanted != [] and not self.settings.read_only:
-                await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
-                await self.sync.leases.give_back_idle()
-            return {"pending": len(self.writeback.pending())}
-
-        async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:
-            await self.refresh.once()
-            if self.foreign is not None:
-                await self.foreign.refresh()
-            return {"refreshAgeMs": self.refresh.age_ms(), "lastError": self.refresh.last_error}
-
-        async def conflicts(_: Mapping[str, Any]) -> dict[str, Any]:
-            found = self.sync.cache.conflict_reports()
-            return {"conflicts": [{**one, "path": self._shown(one["path"])} for one in found]}
-
-        async def drop_conflict(message: Mapping[str, Any]) -> dict[str, Any]:
-            self.sync.cache.drop_conflict(str(message["id"]))
-            return {"conflicts": len(self.sync.cache.conflicts())}
-
-        return {
-            "status": status,
-            "flush": flush,
-            "refresh": refresh,
-            "conflicts": conflicts,
-            "drop_conflict": drop_conflict,
-        }
-
-
 async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callable[[], None]) -> None:
     """Mount and serve until unmounted or told to stop. ``on_ready`` is called once requests are served.
 
@@ -265,6 +146,8 @@ async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callabl
     check_places(settings, env)
     check_mountpoint(settings)
     _raise_file_limit()
+    _share_heaps()
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # what is sent if a lease is broken while it is asked for (fs/handles)
     failure: list[Exception] = []
     threads = Threads()
     with ExitStack() as at_end:
@@ -286,6 +169,12 @@ def _raise_file_limit() -> None:
     """Each open file of a user is one of ours."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _share_heaps() -> None:
+    """By itself glibc gives worker threads heaps of their own, and keeps what was once in use in each of them."""
+    with suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _HEAPS)
 
 
 def _local_root(settings: MountSettings) -> int:
@@ -337,8 +226,7 @@ async def _start(
     foreign = None
     if settings.all_namespaces:
         foreign = ForeignNamespaces(settings, datastore, sync.catalog, nursery, at_end)
-    mount = _compose(settings, datastore, sync, beneath, nursery, foreign=foreign)
-    at_end.callback(session.detach)  # after the nursery: its tasks use the session
+    mount = _compose(settings, datastore, sync, beneath, nursery, at_end=at_end, foreign=foreign)
     await _serve(mount, env, nursery, on_ready)
 
 
@@ -359,6 +247,7 @@ def _compose(
     beneath: int,
     nursery: trio.Nursery,
     *,
+    at_end: ExitStack,
     foreign: ForeignNamespaces | None,
 ) -> Mount:
     """Join the parts and attach to the kernel."""
@@ -387,38 +276,107 @@ def _compose(
     )
     writeback = Writeback(sync, settings.push_delay_s)
     touched.append(writeback.touch)
-    refresh = Refresh(sync, settings.refresh_s)
     _join_leases(sync.leases, fs, writeback, settings)
-    locks.publish = lambda lock: _publish(sync.leases, writeback, lock, settings.timeout_s * _LOCK_SHARE)
-    if settings.consistency is Consistency.CLOSE_TO_OPEN:
-        wait_s = settings.timeout_s * _LOCK_SHARE
-        fs.close_to_open = CloseToOpen(sync, lambda paths: writeback.flush(paths, wait_s, even_open=True))
-    operations = Operations(fs, settings.timeout_s, numbers)
-    if foreign is None:
-        session.mount(operations, settings)
-    else:
-        fs.views_parent = 0
-        name = settings.source.namespace
-        session.mount(Federation(name, operations, foreign, owner=owner, names_s=settings.refresh_s), settings)
+    locks.publish = lambda lock: _publish(fs, writeback, lock, settings.timeout_s * _LOCK_SHARE)
+    operations = _operations(settings, fs, writeback, numbers)
+    lane = _attach(settings, fs, operations, foreign, at_end)
+    if lane is not None:
+        nursery.start_soon(lane.run)
+        invalidator.forget_inode, invalidator.forget_name = lane.forget_inode, lane.forget_name
+        invalidator.forget_listing = lane.forget_listing
     invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
-    nursery.start_soon(refresh.run)
-    if not settings.read_only:
-        writeback.touch_all()
-        nursery.start_soon(writeback.run)
-        nursery.start_soon(sync.leases.run)
-    cache = _limited_cache(settings, sync, fs, nursery)
-    mount = Mount(settings, datastore, sync, fs, writeback, refresh, time.monotonic(), trio.Event(), cache, foreign)
+    mount = _joined(settings, datastore, fs, writeback, foreign)
+    mount.upcalls = lane.as_json if lane is not None else None
+    if settings.xattrs:
+        operations.xattrs = mount.about
     fs.views = mount.views(owner)
-    operations.xattrs = Xattrs(sync, fs.inodes, lambda: writeback.last_error) if settings.xattrs else None
+    _begin(mount, nursery)
     return mount
 
 
-def _limited_cache(settings: MountSettings, sync: SyncService, fs: FileSystem, nursery: trio.Nursery) -> CacheLimit:
+def _attach(
+    settings: MountSettings,
+    fs: FileSystem,
+    operations: Operations,
+    foreign: ForeignNamespaces | None,
+    at_end: ExitStack,
+) -> FastLane | None:
+    """To the kernel; with the fast lane in front of pyfuse3 if it is wanted and this machine can do that."""
+    if foreign is not None:
+        fs.views_parent = 0
+        name = settings.source.namespace
+        federation = Federation(name, operations, foreign, owner=fs.owner, names_s=settings.refresh_s)
+        session.mount(federation, settings)
+        at_end.callback(session.detach)
+        return None
+    descriptor = session.mount(operations, settings)
+    at_end.callback(session.detach)  # after the nursery: its tasks use the session
+    if not settings.fast_lane or descriptor < 0 or not is_possible():
+        return None
+    lane = FastLane(fs, operations, descriptor, passthrough=settings.passthrough)
+    at_end.callback(lane.close)  # before the session ends: its device must not stay open
+    return lane
+
+
+def _joined(
+    settings: MountSettings,
+    datastore: Datastore,
+    fs: FileSystem,
+    writeback: Writeback,
+    foreign: ForeignNamespaces | None,
+) -> Mount:
+    sync = fs.sync
     cache = CacheLimit(sync, fs.files, settings.cache_bytes, Ballast(f"{settings.state_dir}/state/ballast"))
     sync.use_room(cache)
-    nursery.start_soon(cache.run)
-    return cache
+    prefetch = Prefetch(sync)
+    if settings.prefetch:
+        fs.files.prefetch = prefetch
+    return Mount(
+        settings=settings,
+        datastore=datastore,
+        sync=sync,
+        fs=fs,
+        writeback=writeback,
+        refresh=Refresh(sync, settings.refresh_s),
+        cache=cache,
+        scrub=Scrub(sync, settings.scrub_s),
+        keeping=Keeping(sync, cache, settings.refresh_s),
+        prefetch=prefetch,
+        about=Xattrs(sync, fs.inodes, lambda: writeback.last_error),
+        foreign=foreign,
+    )
+
+
+def _begin(mount: Mount, nursery: trio.Nursery) -> None:
+    """Everything a mount does by itself."""
+    tasks = [mount.refresh.run, mount.cache.run, mount.scrub.run, mount.keeping.run, mount.prefetch.run]
+    if not mount.settings.read_only:
+        mount.writeback.touch_all()
+        tasks += [mount.writeback.run, mount.sync.leases.run, Settle(mount.sync, mount.fs.files).run]
+    for task in tasks:
+        nursery.start_soon(task)
+
+    def resume() -> None:
+        """The datastore is back."""
+        mount.refresh.soon()
+        mount.writeback.resume()
+
+    nursery.start_soon(watch, mount.datastore.circuit, mount.datastore.remote.threads, resume)
+
+
+def _operations(settings: MountSettings, fs: FileSystem, writeback: Writeback, numbers: Numbers) -> Operations:
+    """The kernel's way to the file system; who asks for it waits until the datastore has what was written."""
+
+    async def publish(paths: Sequence[RelPath]) -> None:
+        await writeback.flush(paths, settings.timeout_s * _LOCK_SHARE, even_open=True)
+
+    if settings.consistency is Consistency.CLOSE_TO_OPEN:
+        fs.close_to_open = CloseToOpen(fs.sync, publish)
+    operations = Operations(fs, settings.timeout_s, numbers)
+    if settings.fsync_remote:
+        operations.publish = publish
+    return operations
 
 
 def _join_leases(leases: Leases, fs: FileSystem, writeback: Writeback, settings: MountSettings) -> None:
@@ -430,8 +388,10 @@ def _join_leases(leases: Leases, fs: FileSystem, writeback: Writeback, settings:
     leases.longest_s = max(LONGEST_S, 2 * settings.push_delay_s)
 
 
-async def _publish(leases: Leases, writeback: Writeback, lock: RelPath, timeout_s: float) -> None:
+async def _publish(fs: FileSystem, writeback: Writeback, lock: RelPath, timeout_s: float) -> None:
     """Before a user's lock is given up: commit what was written under it and under our own locks."""
+    leases = fs.sync.leases
+    fs.files.mapped.announce()
     mine = [
         path
         for path in writeback.pending()

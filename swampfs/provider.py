@@ -1,6 +1,6 @@
 """The ports: what the engine asks of a store, and what a datastore offers its users.
 
-Narrow on purpose — eight calls make a backend (``design/architecture.md`` §2). Implementations of
+Narrow on purpose — nine calls make a backend (``design/architecture.md`` §2). Implementations of
 :class:`ObjectStore` are blocking and thread-safe and raise only :mod:`swampfs.errors`.
 """
 
@@ -61,12 +61,20 @@ class ObjectStore(Protocol):
     """For messages: scheme and bucket or directory, never credentials."""
     label: str
     """For messages: what kind of store this is, such as ``S3``."""
+    authenticated: bool
+    """Whether what is read cannot have been changed on the way: TLS, or no network."""
 
     def get(self, key: str, *, unless: str = "") -> Blob | None:
         """Whole body, for small objects. ``None`` if the object still has the ETag ``unless``."""
 
     def download(self, key: str, target: str) -> ObjectInfo:
         """Write the body to the file ``target``, truncating it; a failed call leaves garbage there."""
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        """So many bytes from somewhere within an object, and its ETag; if none was given, also the size of the whole.
+
+        Raises PreconditionError if it does not have that ETag.
+        """
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         """Store bytes, or the file at a path. Durable and visible to every reader on return."""
@@ -88,6 +96,19 @@ class ObjectStore(Protocol):
 
     def verify(self) -> None:
         """Raise the error that explains why the store cannot be used, if it cannot."""
+
+
+class Probed(Protocol):
+    """A driver that can say how long it has heard nothing, and give up what waits in vain."""
+
+    def probe(self, timeout_s: float) -> None:
+        """One request on a new connection. Raises StoreUnreachableError if it is not answered in time."""
+
+    def silent_s(self) -> float:
+        """For how long the request that waits longest has heard nothing; 0 if none is under way."""
+
+    def end_silent(self, since: float) -> None:
+        """End requests that have heard nothing since a monotonic time, as if their connections had been reset."""
 
 
 class IndexTransaction(Protocol):

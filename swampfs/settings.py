@@ -123,11 +123,16 @@ class MountSettings:
     consistency: Consistency = Consistency.BOUNDED
     all_namespaces: bool = False
     cache_bytes: int = 10 << 30
+    scrub_s: float = 24 * 3600.0
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
     allow_other: bool = False
     allow_root: bool = False
     xattrs: bool = False
+    fsync_remote: bool = False
+    prefetch: bool = True
+    fast_lane: bool = True
+    passthrough: bool = True
     trace_file: str | None = None
 
 

@@ -26,9 +26,10 @@ class Lane(Enum):
     """Purpose of a thread; its value is how many may run at once."""
 
     HYDRATE = ("hydrate", 32)
-    PUSH = ("push", 16)
+    PUSH = ("push", 32)
     LOCK = ("lock", 8)  # its own, so that downloads never starve a heartbeat
     INDEX = ("index", 10)  # spec §6.3: shards are read ten at a time
+    PROBE = ("probe", 1)  # whether the store is there, when the others wait for it in vain
     DISK = ("disk", 4)
     KERNEL = ("kernel", 1)  # cache invalidation, which pyfuse3 does not allow on the loop
     NAMES = ("names", 1)  # the part of it that may have to wait for a directory

@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, inner: ObjectStore) -> None:
         self._inner = inner
         self.name = inner.name
+        self.authenticated = inner.authenticated
         self.log: list[tuple[str, str]] = []
 
     def get(self, key: str, *, unless: str = "") -> Blob | None:
@@ -43,6 +44,10 @@ class Recorder:
     def download(self, key: str, target: str) -> ObjectInfo:
         self.log.append(("get", key))
         return self._inner.download(key, target)
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        self.log.append(("get", key))
+        return self._inner.part(key, offset, size, etag=etag)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         self.log.append(("put", key))

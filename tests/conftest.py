@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,8 +20,8 @@ from tests import seaweed
 from tests.caches import World
 from tests.harness import FIXTURES, Machine
 from tests.proxy import Proxy
+from tests.seaweed import BUCKET
 
-BUCKET = "swampfs-tests"
 _prefixes = itertools.count(1)
 
 
@@ -130,9 +131,9 @@ class Fleet:
 
     def complaints(self) -> list[str]:
         """Log lines at WARNING or above, and tracebacks, that no test announced."""
-        lines = [line for machine in self.machines for line in machine.log().splitlines()]
-        loud = [line for line in lines if " WARNING " in line or " ERROR " in line or line.startswith("Traceback")]
-        return [line for line in loud if not any(word in line for word in self.expected_log)]
+        said = [entry for machine in self.machines for entry in re.split(r"\n(?=\d{4}-\d\d-\d\d )", machine.log())]
+        loud = [entry for entry in said if " WARNING " in entry or " ERROR " in entry or "\nTraceback" in entry]
+        return [entry for entry in loud if not any(word in entry for word in self.expected_log)]
 
 
 @pytest.fixture

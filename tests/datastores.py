@@ -16,17 +16,17 @@ def compact(document: object) -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def entry(rel: str, body: bytes) -> dict[str, Any]:
+def entry(rel: str, body: bytes, stamp: str = STAMP) -> dict[str, Any]:
     digest = hashlib.sha256(body).hexdigest()
-    return {"key": rel, "size": len(body), "lastModified": STAMP, "localMtime": STAMP, "sha256": digest}
+    return {"key": rel, "size": len(body), "lastModified": stamp, "localMtime": STAMP, "sha256": digest}
 
 
-def load_shards(bucket: Any, files: Iterable[tuple[str, bytes]], *, seq: int = 1) -> set[str]:
-    """Put files and a version 2 index; returns the partition names."""
+def load_shards(bucket: Any, files: Iterable[tuple[str, bytes]], *, seq: int = 1, stamp: str = STAMP) -> set[str]:
+    """Put files and a version 2 index, which says that they were put at ``stamp``; returns the partition names."""
     shards: dict[str, dict[str, Any]] = {}
     for rel, body in files:
         bucket.put(rel, body)
-        shards.setdefault(partition_key(rel) or "_root", {})[rel] = entry(rel, body)
+        shards.setdefault(partition_key(rel) or "_root", {})[rel] = entry(rel, body, stamp)
     for name, entries in shards.items():
         bucket.put(f"_index/{name}.json", compact({"version": 1, "entries": entries}))
     bucket.put("_index/_meta.json", compact({"version": 2, "partitions": sorted(shards), "commitSeq": seq}))

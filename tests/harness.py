@@ -91,7 +91,7 @@ class Machine:
         """``kill -9`` of the daemon; the dead mount stays for the next mount to clear."""
         pid = self.pid()
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), "the daemon is dead")
+        wait_for(lambda: _is_gone(pid), "the daemon is dead, all its threads with it")
 
     def pid(self) -> int:
         return int((self.state_dir / "state" / "lock").read_text())
@@ -128,8 +128,13 @@ class Machine:
                 pass
 
 
-def _is_zombie(pid: int) -> bool:
+def _is_gone(pid: int) -> bool:
+    """No thread is left: the first one may be a zombie while others still hold the files."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+        return os.listdir(f"/proc/{pid}/task") == [str(pid)] and _is_zombie(pid)
+    except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

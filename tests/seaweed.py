@@ -21,6 +21,9 @@ from botocore.config import Config
 
 ACCESS_KEY = "swampfs-test"
 SECRET_KEY = "swampfs-test-secret"
+LEAST_WRITER, LEAST_READER = "swampfs-least-writer", "swampfs-least-reader"
+"""Access keys that may do no more than a mount needs, below ``CORNER``."""
+BUCKET, CORNER = "swampfs-tests", "corner"
 READY_S = 90.0
 
 
@@ -83,6 +86,10 @@ class Server:
                 left.unlink(missing_ok=True)
 
 
+def _identity(name: str, key: str, actions: list[str]) -> dict[str, Any]:
+    return {"name": name, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": actions}
+
+
 def weed_binary() -> str:
     beside = Path(sys.executable).parent / "weed"
     return str(beside) if beside.exists() else str(shutil.which("weed"))
@@ -92,13 +99,15 @@ def start() -> Server:
     """Start a server and wait until it answers an authenticated request."""
     directory = Path(tempfile.mkdtemp(prefix="swampfs-weed-"))
     master, volume, filer, s3 = free_ports(4)
-    identity = {
-        "name": "tests",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
+    below = f"{BUCKET}/{CORNER}"
+    identities = [
+        _identity("tests", ACCESS_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
+        # What docs/security.md says is enough, in this server's words: listing the bucket, and objects of one prefix.
+        _identity(LEAST_WRITER, LEAST_WRITER, [f"List:{BUCKET}", f"Read:{below}/*", f"Write:{below}/*"]),
+        _identity(LEAST_READER, LEAST_READER, [f"List:{BUCKET}", f"Read:{below}/*"]),
+    ]
     config = directory / "identities.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": identities}))
     (directory / "data").mkdir()
     with open(directory / "weed.log", "wb") as log:
         process = subprocess.Popen(

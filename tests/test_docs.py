@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import click
 
 ROOT = Path(__file__).resolve().parent.parent
 SEMANTICS = (ROOT / "docs/semantics.md").read_text()
@@ -36,7 +40,28 @@ def test_every_command_in_the_readme_exists():
             r"swampfs (mount|umount|status|flush|sync|migrate-index|doctor|version)\b", (ROOT / "README.md").read_text()
         )
     )
-    assert used <= set(main.commands)
+    assert used <= set(main.list_commands(click.Context(main)))
+
+
+def test_commands_that_talk_to_a_mount_import_no_sdk():
+    program = (
+        "import click, sys; from swampfs.cli.main import main; context = click.Context(main);"
+        "[main.get_command(context, name) for name in ('status', 'flush', 'umount', 'hydrate', 'conflicts')];"
+        "print({'boto3', 'botocore', 'google', 'pyfuse3', 'requests'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_every_command_has_a_help_with_an_example():
+    from swampfs.cli.main import main
+
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        below = command.commands.values() if isinstance(command, click.Group) else [command]
+        for one in below:
+            assert one.help and "Example" in one.help, f"{name} {one.name}"
 
 
 def test_every_invariant_and_every_hazard_of_the_format_has_its_test():

@@ -46,6 +46,7 @@ class FilesystemStore:
     """:class:`~swampfs.provider.ObjectStore` of one directory. Symbolic links are neither followed nor listed."""
 
     label = "directory"
+    authenticated = True
 
     def __init__(self, directory: str) -> None:
         self._root = directory
@@ -66,6 +67,17 @@ class FilesystemStore:
                 return _info(key, os.fstat(source.fileno()))
 
         return self._call("read", key, transfer)
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        def read() -> Blob:
+            with open(self._open(key), "rb") as file:
+                info = _info(key, os.fstat(file.fileno()))
+                if etag and etag != info.etag:
+                    raise PreconditionError(f"{self.name}/{key} is another version")
+                file.seek(offset)
+                return Blob(file.read(size), info)
+
+        return self._call("read", key, read)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._call("write", key, lambda: self._put(key, body, when))

@@ -28,6 +28,7 @@ class RetryingStore:
         self._inner = inner
         self.name = inner.name
         self.label = inner.label
+        self.authenticated = inner.authenticated
         self._first_pause_s = first_pause_s
         self._retrying = Retrying(
             stop=stop_after_attempt(attempts),
@@ -72,6 +73,9 @@ class RetryingStore:
 
     def download(self, key: str, target: str) -> ObjectInfo:
         return self._call(lambda: self._inner.download(key, target))
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        return self._call(lambda: self._inner.part(key, offset, size, etag=etag))
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._call(lambda: self._inner.put(key, body, when))

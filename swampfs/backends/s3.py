@@ -38,6 +38,7 @@ from botocore.exceptions import (
 )
 
 from swampfs.backends.answers import PREVIEW_BYTES, answer_text
+from swampfs.backends.s3_parts import PART, put_in_parts
 from swampfs.backends.s3_wire import Answer, Key, Unanswered, Wire
 from swampfs.errors import (
     AbsentError,
@@ -72,7 +73,7 @@ _CREDENTIAL_CODES = frozenset(
 _EXPIRED_CODES = frozenset(["ExpiredToken", "ExpiredTokenException"])
 _CHUNK = 1 << 20
 _SMALL = 4 << 20
-_SINGLE = 5 << 30  # the largest single put
+_SINGLE = 256 << 20  # larger files go in parts
 _EXAMPLE = "example"
 
 
@@ -106,6 +107,7 @@ class S3Store:
             raise CredentialsError(f"no credentials for {self.name}: {error}") from None
         except (BotoCoreError, ValueError) as error:
             raise SettingsError(f"{self.name} cannot be addressed: {error}") from None
+        self.authenticated = str(self._client.meta.endpoint_url).startswith("https:")
         self._wire = self._connect_wire(session, source.request_timeout_s)
 
     def get(self, key: str, *, unless: str = "") -> Blob | None:
@@ -140,6 +142,24 @@ class S3Store:
 
             return self._call("get", key, transfer)
 
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        last = offset + size - 1
+        demand = {"Range": f"bytes={offset}-{last}", **({"If-Match": f'"{etag}"'} if etag else {})}
+        answer = self._wired("get", key, lambda wire: wire.get(key, demand))
+        if answer is not None:
+            whole = answer.headers.get("content-range", "").rpartition("/")[2]
+            info = _wire_info(key, answer, int(whole) if whole.isdigit() else len(answer.body))
+            return Blob(answer.body, info._replace(last_modified=_http_time(answer.headers.get("last-modified", ""))))
+        more = {name.replace("-", ""): value for name, value in demand.items()}
+
+        def read() -> Blob:
+            response = self._client.get_object(Bucket=self._bucket, Key=key, **more)
+            whole = str(response.get("ContentRange", "")).rpartition("/")[2]
+            body = response["Body"].read()
+            return Blob(body, _info(key, response)._replace(size=int(whole) if whole.isdigit() else len(body)))
+
+        return self._call("get", key, read)
+
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         if isinstance(body, bytes) and len(body) <= _SMALL:
             answer = self._wired("put", key, lambda wire: wire.put(key, _condition(when), body))
@@ -147,6 +167,10 @@ class S3Store:
                 return _wire_info(key, answer, len(body))._replace(last_modified=self._now())
         elif isinstance(body, str) and (size := os.stat(body).st_size) <= _SINGLE:
             answer = self._wired("put", key, lambda wire: wire.put_file(key, _condition(when), body))
+            if answer is not None:
+                return _wire_info(key, answer, size)._replace(last_modified=self._now())
+        elif isinstance(body, str):
+            answer = self._wired("put", key, lambda wire: put_in_parts(wire, key, _condition(when), body, PART))
             if answer is not None:
                 return _wire_info(key, answer, size)._replace(last_modified=self._now())
         more = {name.replace("-", ""): value for name, value in _condition(when).items()}
@@ -224,6 +248,20 @@ class S3Store:
     def verify(self) -> None:
         if self._wired("head bucket", "", lambda wire: wire.head_bucket()) is None:
             self._call("head bucket", "", lambda: self._client.head_bucket(Bucket=self._bucket))
+
+    def probe(self, timeout_s: float) -> None:
+        wire = self._wire
+        if wire is None:
+            self.verify()  # through boto3, with its own timeouts
+        else:
+            self._call("head bucket", "", lambda: wire.probe(timeout_s))
+
+    def silent_s(self) -> float:
+        return 0.0 if self._wire is None else self._wire.silent_s()
+
+    def end_silent(self, since: float) -> None:
+        if self._wire is not None:
+            self._wire.end_silent(since)
 
     def _connect_wire(self, session: Any, timeout_s: float) -> Wire | None:
         """The quick way to single objects, told by boto3 where they are; ``None`` if it is not to be had."""

@@ -9,18 +9,22 @@ here: :mod:`swampfs.backends.retry` decides.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
+import io
 import os
 import re
 import socket
 import ssl
+import sys
+import termios
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from xml.sax.saxutils import unescape
@@ -29,7 +33,19 @@ _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _SKEW_S = 240.0  # a store accepts a quarter of an hour
 _IDLE_S = 4.0  # servers drop idle connections; a request must not be the one to find out
 _CHUNK = 1 << 18
+_IN_ONE_PIECE = 64 << 20  # a length that may be believed before the bytes come
 _LINE = 1 << 16
+_CONNECT_S = 5.0
+_SLOWEST = 16 << 10  # bytes per second of an answer
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_ENCRYPTION = "x-amz-server-side-encryption"
 _FIELD = re.compile(rb"<(Code|Message|RequestId)>([^<]*)</")
 
 
@@ -51,7 +67,7 @@ class Answer(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """``path`` and ``query`` are encoded already. ``file`` is a body on disk, in place of ``body``."""
+    """``path`` and ``query`` are encoded already. ``file`` is on disk; it, or a piece of it, is the body."""
 
     method: str
     path: str
@@ -59,14 +75,28 @@ class _Request(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     file: str = ""
+    piece: tuple[int, int] | None = None  # offset and length
 
     def digest(self) -> str:
-        if self.file:
-            with open(self.file, "rb", buffering=0) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(self.body).hexdigest() if self.body else _EMPTY_SHA256
+        if not self.file:
+            return hashlib.sha256(self.body).hexdigest() if self.body else _EMPTY_SHA256
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Of the file. Raises OSError."""
+        offset, left = self.piece or (0, self.size())
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(offset)
+            while left and (chunk := file.read(min(left, _CHUNK))):
+                left -= len(chunk)
+                yield chunk
 
     def size(self) -> int:
+        if self.piece:
+            return self.piece[1]
         return os.stat(self.file).st_size if self.file else len(self.body)
 
 
@@ -99,7 +129,9 @@ class Wire:
         if parts.scheme == "https":
             self._tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
         self._idle: deque[tuple[float, _Connection]] = deque()
+        self._busy: set[_Connection] = set()
         self._signing: tuple[str, bytes] = ("", b"")
+        self._hashed: set[str] = set()  # kinds of encryption under which an ETag is the MD5 of the content
         self.ahead_s = 0.0
         """How far the store's clock is ahead of ours, once it refused a request for that."""
         weakref.finalize(self, _close_all, self._idle)
@@ -111,8 +143,21 @@ class Wire:
         return parts.scheme not in getproxies() or bool(proxy_bypass(parts.hostname or ""))
 
     def get(self, key: str, headers: Mapping[str, str], sink: BinaryIO | None = None) -> Answer:
-        """A successful body goes to ``sink`` if there is one. Raises Unanswered."""
-        return self._request("GET", key, headers, b"", sink)
+        """A successful body goes to ``sink`` if there is one. Raises Unanswered, also if a body is not what was put."""
+        answer = self._request("GET", key, headers, b"", sink)
+        if sink is None and answer.status == 200 and not self._is_as_put(answer):
+            raise Unanswered(f"{self._origin}: the body does not have the hash that its ETag says")
+        return answer
+
+    def _is_as_put(self, answer: Answer) -> bool:
+        """Nothing else vouches for an index or a lock. An ETag is an MD5 where that was seen: by kind of encryption."""
+        etag, kind = answer.headers.get("etag", "").strip('"'), answer.headers.get(_ENCRYPTION, "")
+        if not _MD5.fullmatch(etag):
+            return True
+        same = hashlib.md5(answer.body, usedforsecurity=False).hexdigest() == etag
+        if same:
+            self._hashed.add(kind)
+        return same or kind not in self._hashed
 
     def put(self, key: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Raises Unanswered."""
@@ -121,6 +166,18 @@ class Wire:
     def put_file(self, key: str, headers: Mapping[str, str], path: str) -> Answer:
         """Raises Unanswered, OSError of the file."""
         return self._send(_Request("PUT", self._path(key), "", headers, b"", path), None)
+
+    def put_part(self, key: str, query: str, path: str, piece: tuple[int, int]) -> Answer:
+        """A piece (offset, length) of a file, as a part of an upload. Raises Unanswered, OSError of the file."""
+        return self._send(_Request("PUT", self._path(key), query, {}, b"", path, piece), None)
+
+    def post(self, key: str, query: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Raises Unanswered."""
+        return self._send(_Request("POST", self._path(key), query, headers, body), None)
+
+    def delete_upload(self, key: str, query: str) -> Answer:
+        """Raises Unanswered."""
+        return self._send(_Request("DELETE", self._path(key), query, {}, b""), None)
 
     def delete(self, key: str, headers: Mapping[str, str]) -> Answer:
         """Raises Unanswered."""
@@ -132,7 +189,27 @@ class Wire:
 
     def head_bucket(self) -> Answer:
         """Raises Unanswered."""
-        return self._send(_Request("HEAD", self._root or "/", "", {}, b""), None)
+        return self._send(self._of_bucket(), None)
+
+    def probe(self, timeout_s: float) -> Answer:
+        """As :meth:`head_bucket`, on a connection and with a timeout of its own. Raises Unanswered."""
+        return self._send_once(self._of_bucket(), _EMPTY_SHA256, None, timeout_s)
+
+    def silent_s(self) -> float:
+        """For how long the request that waits longest has heard nothing; 0 if none is under way."""
+        return max((connection.silent_s() for connection in list(self._busy)), default=0.0)
+
+    def end_silent(self, since: float) -> None:
+        """End requests that have heard nothing since a monotonic time."""
+        for connection in list(self._busy):
+            if time.monotonic() - connection.silent_s() <= since:
+                with contextlib.suppress(OSError):
+                    # Not the method of a TLS socket, after which plain reads would return what was encrypted.
+                    socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)
+        _close_all(self._idle)
+
+    def _of_bucket(self) -> _Request:
+        return _Request("HEAD", self._root or "/", "", {}, b"")
 
     def list_page(self, query: Mapping[str, str]) -> Answer:
         """``ListObjectsV2`` of the bucket. Raises Unanswered."""
@@ -156,20 +233,24 @@ class Wire:
                 return self._send_once(request, digest, sink)
         return answer
 
-    def _send_once(self, request: _Request, digest: str, sink: BinaryIO | None) -> Answer:
+    def _send_once(self, request: _Request, digest: str, sink: BinaryIO | None, apart_s: float | None = None) -> Answer:
+        """``apart_s``: on a connection that nobody else gets, with this timeout."""
         head = self._sign(request, digest)
-        if request.method == "PUT":
+        if request.method in ("PUT", "POST"):
             head += f"content-length: {request.size()}\r\n"
-        connection = self._connection()
+        connection = self._connection() if apart_s is None else self._connect(apart_s)
         refused = False
+        connection.heard_at = time.monotonic()
+        self._busy.add(connection)
         try:
             try:
-                connection.socket.sendall(f"{head}\r\n".encode() + request.body)  # one send: no waiting in between
+                connection.send(f"{head}\r\n".encode() + request.body)  # one send: no waiting in between
                 if request.file:
-                    _send_file(connection.socket, request.file)
+                    _send_file(connection, request)
             except (BrokenPipeError, ConnectionResetError):
                 refused = True  # perhaps with an answer, before it had heard everything
-            answer = _read(connection.reader, sink, bodiless=request.method == "HEAD")
+            connection.begin_answer()
+            answer = _read(connection, sink, bodiless=request.method == "HEAD")
             if refused and answer.status < 300:
                 raise ConnectionResetError("the connection was closed while the request was sent")
         except _SinkFailed as failure:
@@ -183,8 +264,10 @@ class Wire:
         except BaseException:
             connection.close()
             raise
+        finally:
+            self._busy.discard(connection)
         stays = "content-length" in answer.headers and "close" not in answer.headers.get("connection", "").lower()
-        if refused or not stays:
+        if refused or not stays or apart_s is not None:
             connection.close()
         else:
             self._idle.append((time.monotonic(), connection))
@@ -200,8 +283,11 @@ class Wire:
             if now - since < _IDLE_S:
                 return connection
             connection.close()
+        return self._connect(self._timeout_s)
+
+    def _connect(self, timeout_s: float) -> _Connection:
         try:
-            return _Connection(self._address, self._timeout_s, self._tls)
+            return _Connection(self._address, timeout_s, self._tls)
         except OSError as error:
             raise Unanswered(f"{self._origin}: {error or type(error).__name__}") from error
 
@@ -244,29 +330,73 @@ def _close_all(idle: deque[tuple[float, _Connection]]) -> None:
             idle.pop()[1].close()
 
 
-class _Connection:
-    """A kept-alive connection. Requests on it are strictly one after the other."""
+class _Connection(io.RawIOBase):
+    """A kept-alive connection. Requests on it are strictly one after the other.
+
+    It is what its own reader reads from: a pause is as long as the timeout at most, and a whole answer takes no longer
+    than that plus what its bytes take at the slowest pace.
+    """
 
     def __init__(self, address: tuple[str, int], timeout_s: float, tls: ssl.SSLContext | None) -> None:
-        self.socket: socket.socket = socket.create_connection(address, timeout=timeout_s)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._timeout_s = timeout_s
+        self.socket: socket.socket = socket.create_connection(address, timeout=min(timeout_s, _CONNECT_S))
+        for level, option, value in _OPTIONS:
+            self.socket.setsockopt(level, option, value)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
         if tls is not None:
             self.socket = tls.wrap_socket(self.socket, server_hostname=address[0])
-        self.reader: Any = self.socket.makefile("rb", _CHUNK)
+        self.reader: Any = io.BufferedReader(self, _CHUNK)
+        self.heard_at = time.monotonic()
+        """When a byte came, or went, last."""
+        self._give_up_at = 0.0
+        self._unsent = 0  # bytes, as of the last look
+
+    def silent_s(self) -> float:
+        """For how long nothing has come, nor gone: what we sent may take a while to leave."""
+        with contextlib.suppress(OSError, ValueError):  # closed just now
+            waiting = int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
+            if waiting != self._unsent:
+                self._unsent, self.heard_at = waiting, time.monotonic()
+        return time.monotonic() - self.heard_at
+
+    def send(self, data: bytes) -> None:
+        """All of it, within the timeout."""
+        self.socket.settimeout(self._timeout_s)
+        self.socket.sendall(data)
+        self.heard_at = time.monotonic()
+
+    def begin_answer(self) -> None:
+        """What comes from now on answers one request."""
+        self._give_up_at = time.monotonic() + self._timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self._give_up_at - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the answer came too slowly")
+        self.socket.settimeout(min(left_s, self._timeout_s))
+        got = self.socket.recv_into(buffer)
+        self.heard_at = time.monotonic()
+        self._give_up_at += got / _SLOWEST
+        return got
 
     def close(self) -> None:
-        self.reader.close()
         self.socket.close()
+        super().close()
 
 
-def _send_file(connection: socket.socket, path: str) -> None:
-    with contextlib.ExitStack() as at_end:
+def _send_file(connection: _Connection, request: _Request) -> None:
+    chunks = request.chunks()
+    while True:
         try:
-            file = at_end.enter_context(open(path, "rb", buffering=0))
+            chunk = next(chunks, b"")
         except OSError as error:
             raise _SinkFailed from error
-        while piece := file.read(_CHUNK):
-            connection.sendall(piece)
+        if not chunk:
+            return
+        connection.send(chunk)
 
 
 def _moment(date: str) -> float | None:
@@ -277,8 +407,9 @@ def _moment(date: str) -> float | None:
         return None
 
 
-def _read(reader: IO[bytes], sink: BinaryIO | None, *, bodiless: bool) -> Answer:
+def _read(connection: _Connection, sink: BinaryIO | None, *, bodiless: bool) -> Answer:
     """One response (RFC 9112): a body of known length, in chunks, or up to the end of the connection."""
+    reader = connection.reader
     status = 100
     while 100 <= status < 200:
         line = reader.readline(_LINE)
@@ -295,16 +426,17 @@ def _read(reader: IO[bytes], sink: BinaryIO | None, *, bodiless: bool) -> Answer
         found = {name.decode(): unescape(value.decode("utf-8", "replace")) for name, value in _FIELD.findall(body)}
         return Answer(status, headers, body, found)
     if sink is None:
-        return Answer(status, headers, b"".join(_pieces(reader, headers)))
+        return Answer(status, headers, _body(reader, headers))
     for piece in _pieces(reader, headers):
         try:
             sink.write(piece)
         except OSError as error:
             raise _SinkFailed from error
+        connection.heard_at = time.monotonic()  # a slow disk is not a silent network
     return Answer(status, headers, b"")
 
 
-def _read_headers(reader: IO[bytes]) -> dict[str, str]:
+def _read_headers(reader: io.BufferedReader) -> dict[str, str]:
     headers: dict[str, str] = {}
     while (line := reader.readline(_LINE)) not in (b"\r\n", b"\n"):
         if not line.endswith(b"\n"):
@@ -314,7 +446,21 @@ def _read_headers(reader: IO[bytes]) -> dict[str, str]:
     return headers
 
 
-def _pieces(reader: IO[bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
+def _body(reader: io.BufferedReader, headers: Mapping[str, str]) -> bytes:
+    size = int(headers.get("content-length", "0"))
+    if not _CHUNK < size <= _IN_ONE_PIECE or "transfer-encoding" in headers:
+        return b"".join(_pieces(reader, headers))
+    body, done = bytearray(size), 0
+    view = memoryview(body)
+    while done < size:
+        got = reader.readinto(view[done:])
+        if not got:
+            raise _MalformedError(f"the connection was closed {size - done} bytes early")
+        done += got
+    return cast(bytes, body)  # nobody changes it, and a copy would cost as much as the request
+
+
+def _pieces(reader: io.BufferedReader, headers: Mapping[str, str]) -> Iterator[bytes]:
     if headers.get("transfer-encoding", "").lower().endswith("chunked"):
         while size := int(reader.readline(_LINE).partition(b";")[0].strip() or b"-", 16):
             yield from _exactly(reader, size)
@@ -323,13 +469,13 @@ def _pieces(reader: IO[bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
     elif "content-length" in headers:
         yield from _exactly(reader, int(headers["content-length"]))
     else:
-        while piece := reader.read(_CHUNK):
+        while piece := reader.read1(_CHUNK):
             yield piece
 
 
-def _exactly(reader: IO[bytes], size: int) -> Iterator[bytes]:
+def _exactly(reader: io.BufferedReader, size: int) -> Iterator[bytes]:
     while size:
-        piece = reader.read(min(size, _CHUNK))
+        piece = reader.read1(min(size, _CHUNK))
         if not piece:
             raise _MalformedError(f"the connection was closed {size} bytes early")
         size -= len(piece)

@@ -26,6 +26,7 @@ class TracingStore:
         self._inner = inner
         self.name = inner.name
         self.label = inner.label
+        self.authenticated = inner.authenticated
         self._lock = threading.Lock()
         self._file = open(trace_file, "a", encoding="utf-8", buffering=1) if trace_file else None  # noqa: SIM115
         self.counts: Counter[str] = Counter()
@@ -58,6 +59,9 @@ class TracingStore:
 
     def download(self, key: str, target: str) -> ObjectInfo:
         return self._traced("download", key, lambda: self._inner.download(key, target))
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        return self._traced("part", key, lambda: self._inner.part(key, offset, size, etag=etag))
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._traced("put", key, lambda: self._inner.put(key, body, when))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _ANSWER_S = 10.0
 _EXIT_S = 15.0
 
 
-def _where(text: str) -> Path:
+def where(text: str) -> Path:
     """Absolute path with links resolved, without touching what is mounted there."""
     if os.path.islink(text):  # asks about the link itself, so a dead mount cannot hold us
         return Path(os.path.realpath(text))
@@ -47,7 +48,7 @@ def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
     \b
     Example: swampfs umount ~/repo/.swamp
     """
-    path = _where(mountpoint)
+    path = where(mountpoint)
     if lazy:
         mountpoints.unmount(str(path), lazy=True)
         click.echo(f"detached {path}; its process ends with the last open file, and the journal keeps what is pending")
@@ -110,9 +111,20 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         click.echo(f"  finding    {finding['path']!r}: {finding['detail']}")
 
 
+def by_mount(paths: Sequence[str]) -> dict[registry.Registration, list[str]]:
+    """The mount of each path, and what the path is called there (``""``: its root). Raises NotMountedError."""
+    found: dict[registry.Registration, list[str]] = {}
+    for text in paths:
+        path = where(text)
+        registration = registry.find(os.environ, path)
+        relative = os.path.relpath(path, registration.mountpoint)
+        found.setdefault(registration, []).append("" if relative == "." else relative)
+    return found
+
+
 def pick(mountpoint: str | None) -> registry.Registration:
     if mountpoint is not None:
-        return registry.find(os.environ, _where(mountpoint))
+        return registry.find(os.environ, where(mountpoint))
     try:
         return registry.find(os.environ, Path.cwd())
     except NotMountedError:
@@ -137,11 +149,5 @@ def flush(paths: tuple[str, ...], timeout: float) -> None:
     if not paths:
         ask(pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
         return
-    by_mount: dict[registry.Registration, list[str]] = {}
-    for text in paths:
-        path = _where(text)
-        registration = registry.find(os.environ, path)
-        relative = os.path.relpath(path, registration.mountpoint)
-        by_mount.setdefault(registration, []).append("" if relative == "." else relative)
-    for registration, relatives in by_mount.items():
+    for registration, relatives in by_mount(paths).items():
         ask(registration, {"cmd": "flush", "paths": relatives, "timeout": timeout}, timeout + _ANSWER_S)

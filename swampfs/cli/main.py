@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
 from typing import Any
@@ -9,18 +10,34 @@ from typing import Any
 import click
 
 from swampfs import __version__
-from swampfs.cli.conflicts import conflicts
-from swampfs.cli.control import flush, status, umount
-from swampfs.cli.locks import lock
-from swampfs.cli.mount import mount
-from swampfs.cli.namespace import namespace
-from swampfs.cli.structural import delete, gc, prune
-from swampfs.cli.sync import doctor, migrate_index, sync
 from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
+
+_HOMES = {
+    "conflicts": "conflicts",
+    "control": "flush status umount",
+    "keeping": "evict hydrate info pin unpin",
+    "locks": "lock",
+    "mount": "mount",
+    "namespace": "namespace",
+    "structural": "delete gc prune",
+    "sync": "doctor migrate-index sync",
+}
+"""Module → its commands. Imported when asked for: the SDKs cost half a second that `status` does without."""
+_COMMANDS = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
 class _Group(click.Group):
     """Turns our errors into one line and their exit code; click's own usage errors become 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        home = importlib.import_module(f"swampfs.cli.{_COMMANDS[cmd_name]}")
+        found: click.Command = getattr(home, cmd_name.replace("-", "_"))
+        return found
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -67,23 +84,9 @@ def main(debug: bool) -> None:
 
 @main.command()
 def version() -> None:
-    """Print the version."""
+    """Print the version.
+
+    \b
+    Example: swampfs version
+    """
     click.echo(f"swampfs {__version__}")
-
-
-for command in (
-    mount,
-    umount,
-    status,
-    flush,
-    sync,
-    lock,
-    conflicts,
-    namespace,
-    gc,
-    prune,
-    delete,
-    migrate_index,
-    doctor,
-):
-    main.add_command(command)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -80,6 +82,8 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
               help="Where this machine keeps content, journal and catalog.")  # fmt: skip
 @click.option("--cache-size", envvar="SWAMPFS_CACHE_SIZE", callback=size, default="10G", show_default=True,
               help="How much content this machine keeps; clean files nobody has open go.")  # fmt: skip
+@click.option("--scrub", envvar="SWAMPFS_SCRUB", callback=seconds, default="24h", show_default=True,
+              help="How often to verify what this machine keeps; 0 = never.")  # fmt: skip
 @click.option("--refresh", envvar="SWAMPFS_REFRESH", callback=seconds, default="2s", show_default=True,
               help="How often to look for changes by others.")  # fmt: skip
 @click.option("--push-delay", envvar="SWAMPFS_PUSH_DELAY", callback=seconds, default="2s", show_default=True,
@@ -89,6 +93,18 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--consistency", envvar="SWAMPFS_CONSISTENCY", default="bounded", show_default=True,
               type=click.Choice([kind.value for kind in Consistency]),
               help="close-to-open: ask for changes at each open, publish at each close.")  # fmt: skip
+@click.option("--fsync", envvar="SWAMPFS_FSYNC", default="local", show_default=True,
+              type=click.Choice(["local", "remote"]),
+              help="What fsync(2) waits for: this machine's disk, or the datastore.")  # fmt: skip
+@click.option("--prefetch", envvar="SWAMPFS_PREFETCH", default="on", show_default=True,
+              type=click.Choice(["on", "off"]),
+              help="Whether to fetch ahead of who opens one small file after another.")  # fmt: skip
+@click.option("--fast-lane", envvar="SWAMPFS_FAST_LANE", default="on", show_default=True,
+              type=click.Choice(["on", "off"]),
+              help="Whether what needs no wait is answered before pyfuse3 sees it.")  # fmt: skip
+@click.option("--passthrough", envvar="SWAMPFS_PASSTHROUGH", default="on", show_default=True,
+              type=click.Choice(["on", "off"]),
+              help="Whether the kernel reads large local files by itself, where it can (Linux 6.9, root).")  # fmt: skip
 @click.option("--lock-ttl", envvar="SWAMPFS_LOCK_TTL", callback=seconds, default="30s", show_default=True,
               help="How long a lock of this mount outlives it if it dies.")  # fmt: skip
 @click.option("--offline", envvar="SWAMPFS_OFFLINE", type=click.Choice(["queue", "fail"]), default="queue",
@@ -127,9 +143,23 @@ def mount(ctx: click.Context, /, **flags: Any) -> None:
     )
     logging.getLogger("botocore").setLevel(logging.WARNING)
     if ready_fd is None:
-        _serve(settings, lambda: click.echo(f"mounted {settings.source.url} at {settings.mountpoint}", err=True))
+
+        def on_ready() -> None:
+            click.echo(f"mounted {settings.source.url} at {settings.mountpoint}", err=True)
+            _tell_systemd(f"READY=1\nSTATUS={settings.source.url} at {settings.mountpoint}")
+
+        _serve(settings, on_ready)
+        _tell_systemd("STOPPING=1")
     else:
         _serve_for_parent(settings, int(ready_fd))
+
+
+def _tell_systemd(state: str) -> None:
+    """One datagram, if a service manager asked for it (``sd_notify(3)``)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def _serve(settings: MountSettings, on_ready: Any) -> None:
@@ -255,6 +285,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         tiers=tiers_of(repo),
         all_namespaces=flags["all_namespaces"],
         cache_bytes=flags["cache_size"],
+        scrub_s=flags["scrub"] or float("inf"),
         read_only=flags["read_only"],
         refresh_s=flags["refresh"],
         push_delay_s=flags["push_delay"],
@@ -267,6 +298,10 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         allow_other=flags["allow_other"],
         allow_root=flags["allow_root"],
         xattrs=flags["xattrs"],
+        fsync_remote=flags["fsync"] == "remote",
+        prefetch=flags["prefetch"] == "on",
+        fast_lane=flags["fast_lane"] == "on",
+        passthrough=flags["passthrough"] == "on",
         trace_file=str(Path(flags["trace_file"]).absolute()) if flags["trace_file"] else None,
     )
 

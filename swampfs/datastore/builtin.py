@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from swampfs.backends.filesystem import FilesystemStore
-from swampfs.backends.s3 import S3Store
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.provider import DatastoreType, ObjectStore
 from swampfs.schemas import FilesystemConfig, GcsConfig, S3Config, validate
@@ -21,9 +20,12 @@ def provider_of(source: Source) -> ObjectStoreProvider:
         return ObjectStoreProvider(
             FilesystemStore(source.directory), FILESYSTEM.type, source.directory, is_directory=True
         )
+    # Each SDK costs a quarter of a second to import, or more, that users of the others do without.
     if source.backend is Backend.S3:
+        from swampfs.backends.s3 import S3Store
+
         return _of_bucket(S3Store(source, connections=source.pull_concurrency), source, S3.type, S3_FINGERPRINT)
-    from swampfs.backends.gcs import GcsStore  # half a second of imports that S3 users do without
+    from swampfs.backends.gcs import GcsStore
 
     return _of_bucket(GcsStore(source, connections=source.pull_concurrency), source, GCS.type, GCS_FINGERPRINT)
 

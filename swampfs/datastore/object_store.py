@@ -1,4 +1,4 @@
-"""A provider for any object store or directory: eight calls in, the whole contract out (spec §10.8)."""
+"""A provider for any object store or directory: nine calls in, the whole contract out (spec §10.8)."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from cachetools import LRUCache
 
+from swampfs.backends.circuit import CircuitStore
 from swampfs.backends.filesystem import FilesystemStore
 from swampfs.backends.retry import RetryingStore
 from swampfs.backends.s3 import S3Store
@@ -34,6 +35,7 @@ class Datastore:
     keys: Keyspace
     index: RemoteIndex
     trace: TracingStore
+    circuit: CircuitStore
     make_lock: MakeLock
     prove: Callable[[], Awaitable[None]] | None
     make_index: Callable[[Keyspace], RemoteIndex]
@@ -61,7 +63,8 @@ def open_datastore(
     is_plain = source.backend is Backend.FILESYSTEM
     driver = FilesystemStore(directory or source.directory) if is_plain else _driver(source)
     trace = TracingStore(driver, trace_file)
-    remote = Remote(RetryingStore(trace), threads)
+    circuit = CircuitStore(trace, driver if isinstance(driver, S3Store) else None)
+    remote = Remote(RetryingStore(circuit), threads)
     sightings: LRUCache[str, Sighting] = LRUCache(_SIGHTINGS)
 
     def make_lock(key: str, note: Callable[[str, str | None], None]) -> Lock:
@@ -82,7 +85,7 @@ def open_datastore(
     async def prove() -> None:
         await prove_preconditions(remote, keys.data("_control/swampfs/precondition-probe"))
 
-    return Datastore(remote, keys, make_index(keys), trace, make_lock, None if is_plain else prove, make_index)
+    return Datastore(remote, keys, make_index(keys), trace, circuit, make_lock, None if is_plain else prove, make_index)
 
 
 def _driver(source: Source) -> ObjectStore:

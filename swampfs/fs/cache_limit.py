@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
@@ -39,7 +39,10 @@ class CacheLimit(Room):
         self._ballast = ballast
         self.limit = limit
         self.evicted = 0  # files, since the mount
-        self._came = 0
+        self.is_pinned: Callable[[str], bool] = lambda path: False
+        """Whether a user wants to have it here; set by :class:`swampfs.fs.keeping.Keeping`."""
+        self._level = self.used  # at the last check
+        self._came = 0  # since then
         self._keepers = 0
         self._wake = trio.Event()
 
@@ -47,6 +50,11 @@ class CacheLimit(Room):
     def used(self) -> int:
         """Bytes of content on this machine, as files say they have."""
         return self._sync.catalog.local_bytes()
+
+    def spare(self) -> int:
+        disk = self._sync.cache.free_bytes()
+        free = (disk.f_bavail - int(disk.f_blocks * (1 - _LOW))) * disk.f_frsize
+        return min(int(self.limit * _LOW) - self._level - self._came, free)
 
     def came(self, size: int) -> None:
         self._came += size
@@ -56,9 +64,9 @@ class CacheLimit(Room):
     async def run(self) -> None:
         """Keep to the limit, for ever."""
         while True:
-            self._wake, self._came = trio.Event(), 0
-            if self.used > self.limit and not self._keepers:
-                await self.free(self.used - int(self.limit * _LOW))
+            self._wake, self._came, self._level = trio.Event(), 0, self.used
+            if self._level > self.limit and not self._keepers:
+                await self.free(self._level - int(self.limit * _LOW))
                 with trio.move_on_after(_AGAIN_S if self.used > self.limit else float("inf")):
                     await self._wake.wait()
             else:
@@ -99,9 +107,13 @@ class CacheLimit(Room):
             await trio.lowlevel.checkpoint()
         return freed
 
+    def evict(self, nodes: Sequence[Node]) -> int:
+        """These, as far as they may go. Returns the bytes that went."""
+        return self._evict(nodes, sum(node.size for node in nodes) + 1)
+
     async def _by_age(self, nodes: list[Node]) -> list[Node]:
         """The longest unused first. Of what was not opened since the mount, the file itself says."""
-        uses = self._files.last_use
+        uses = self._files.handles.last_use
         unknown = [node for node in nodes if node.ino not in uses]
         paths = [self._sync.cache.path(node.path) for node in unknown]
         read_at = await self._sync.remote.threads.read(Lane.DISK, _access_times, paths)
@@ -119,7 +131,7 @@ class CacheLimit(Room):
                     # Content first: a crash in between leaves a clean file that is fetched when it is opened.
                     self._sync.cache.remove(node.path)
                     self._sync.catalog.evicted(node.ino)
-                    self._files.last_use.pop(node.ino, None)
+                    self._files.handles.last_use.pop(node.ino, None)
                     changes.append(TreeChange(node.parent, "", node.ino))
                     freed += node.size
                     self.evicted += 1
@@ -136,7 +148,8 @@ class CacheLimit(Room):
             and now.base is not None
             and now.links == 1
             and now.path not in self._sync.journal
-            and not self._files.is_open(now.ino)
+            and not self.is_pinned(now.path)
+            and not self._files.handles.is_open(now.ino)
         )
 
 

@@ -9,45 +9,25 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from swampfs.errors import StoreError
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Owner, fail, of_node, stale
+from swampfs.fs.early import EarlyReads
 from swampfs.fs.guard import Guard
+from swampfs.fs.handles import CHANGING, WRITING, Handle, Handles, OpenFile, sync_content
 from swampfs.fs.inodes import Inodes
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
+from swampfs.fs.mapped import Mapped
+from swampfs.fs.prefetch import Prefetch
 from swampfs.names import RelPath, is_scratch, lease_path
 from swampfs.records import Kind, Node, Residency
+from swampfs.state.schema import is_disk_full
+from swampfs.sync.incoming import Incoming
 from swampfs.sync.room import is_full
 from swampfs.sync.service import SyncService
 from swampfs.threads import Lane
-
-_WRITING = os.O_WRONLY | os.O_RDWR
-
-
-@dataclass(slots=True)
-class Handle:
-    """One ``open``."""
-
-    fd: int
-    ino: int
-    writable: bool
-    pid: int = 0  # who opened it
-
-
-@dataclass(slots=True)
-class OpenFile:
-    """All handles of one datastore inode."""
-
-    path: RelPath | None  # None: it lost its name
-    readers: int = 0
-    writers: list[int] = field(default_factory=list)  # descriptors
-    linked: bool = False  # it may have other names
-    changed: bool = False
-    replaced: bool = False  # by another machine while we had it open: what is written here would be lost
 
 
 class Files:
@@ -71,24 +51,25 @@ class Files:
         self._inodes = inodes
         self._owner = owner
         self._on_dirty = on_dirty
-        self._handles: dict[int, Handle] = {}
-        self._open: dict[int, OpenFile] = {}
-        self._next = 1
-        self.last_use: dict[int, float] = {}
-        """Inode → when it was opened last, in seconds of the monotonic clock. Whoever evicts forgets."""
-
-    def __len__(self) -> int:
-        return len(self._handles)
+        self.handles = Handles()
+        self.early = EarlyReads(sync, self.handles.by_number, self.make_local)
+        self.prefetch: Prefetch | None = None
+        """Told of what is opened; set by the composition root unless nothing is to be fetched ahead."""
+        self.mapped = Mapped(self.handles, self._may_change, self._close)
+        self._unnoted: set[int] = set()  # the disk was too full to note their sizes in the catalog
 
     def is_being_written(self, path: str) -> bool:
         """Whether a push must wait for a close."""
+        self.mapped.end()
+        if not self.handles.writable:
+            return False
         node = self._sync.catalog.at(path)
-        file = self._open.get(node.ino) if node else None
+        file = self.handles.files.get(node.ino) if node else None
         return file is not None and bool(file.writers)
 
     def has_changing(self, lock: str) -> bool:
         """Whether a changed file below a lock is still open for writing."""
-        written = [path for ino, file in self._open.items() if file.writers for path in self._names(ino, file)]
+        written = [path for ino, file in self.handles.files.items() if file.writers for path in self._names(ino, file)]
         return any(path in self._sync.journal and lease_path(path) == lock for path in written)
 
     # --- opening ------------------------------------------------------------------------------------------
@@ -99,30 +80,93 @@ class Files:
         For writing, the lock that covers the file is held on return, and what is opened is the latest content.
         Raises FileError and what :meth:`SyncService.hydrate_file` and :meth:`Guard.wait` raise.
         """
-        if self._locks is not None and ino >= LOCK_BASE:
-            return self._handle(await self._locks.open(ino, flags), ino, flags)
-        if ino >= LOCAL_BASE:
-            return self._handle(self._local.open(ino, flags), ino, flags)
-        if ino in self._inodes.orphans:
-            return await self._open_orphan(ino, flags)
+        if ino >= LOCAL_BASE or ino in self._inodes.orphans:
+            return await self._open_elsewhere(ino, flags)
         node = self._sync.catalog.node(ino)
         if node is None:
             raise stale(ino)
         if node.is_dir:
             raise fail(errno.EISDIR, node.path)
-        if flags & _WRITING:
+        if flags & CHANGING:
             node = await self.about_to_write(node, pid)
             if flags & os.O_TRUNC:
-                self.truncate(node, 0)
+                self.truncate(await self.early.finished(node), 0)
         while True:
             current = self._sync.catalog.node(ino)
             if current is None:
                 raise stale(ino)
+            if self.prefetch is not None:
+                self._tell(self.prefetch, current, pid)
             if current.residency is Residency.STUB:
+                coming = None if flags & WRITING else await self._sync.hydrator.open_early(current)
+                if coming is not None:
+                    number = self._open_coming(coming, current)
+                    if number is None:
+                        continue
+                    return number
                 current = await self._hydrated(current)
             fd = self._open_content(current, flags & (os.O_ACCMODE | os.O_APPEND))
             if fd is not None:
                 return self._track(fd, current, flags, pid)
+
+    def open_now(self, ino: int, flags: int, pid: int) -> int | None:
+        """As :meth:`open`; ``None`` if that has to wait for content or for a lock, or if the inode is no such file."""
+        if ino in self._inodes.orphans or (ino >= LOCAL_BASE and self._locks is not None and ino >= LOCK_BASE):
+            return None
+        if ino >= LOCAL_BASE:
+            return self.handles.add(self._local.open(ino, flags), ino, flags)
+        if not flags & CHANGING and (self.prefetch is None or ino not in self.prefetch.expected):
+            clean = self._sync.catalog.clean_content(ino)
+            if clean is not None:
+                return self._open_clean(ino, *clean, pid)
+        node = self._sync.catalog.node(ino)
+        if node is None or node.kind is not Kind.FILE or node.residency is Residency.STUB:
+            return None
+        if flags & CHANGING:
+            paths = self._sync.catalog.names(ino) if node.links > 1 else [node.path]
+            if not self._guard.lets(*paths):
+                return None
+            if flags & os.O_TRUNC:
+                self.truncate(node, 0)
+                node = self._sync.catalog.node(ino) or node
+        if self.prefetch is not None and ino in self.prefetch.expected:
+            self.prefetch.opened(node)
+        opened = self._open_content(node, flags & (os.O_ACCMODE | os.O_APPEND))
+        return None if opened is None else self._track(opened, node, flags, pid)
+
+    def _open_clean(self, ino: int, path: RelPath, size: int, pid: int) -> int | None:
+        """``None``: its content was lost, or is damaged."""
+        try:
+            fd = self._sync.cache.open(path)
+        except FileNotFoundError:
+            return None
+        if os.fstat(fd).st_size == size:
+            return self._tracked(fd, ino, path, flags=os.O_RDONLY, pid=pid, whole=size)
+        os.close(fd)
+        return None
+
+    async def _open_elsewhere(self, ino: int, flags: int) -> int:
+        if ino in self._inodes.orphans:
+            return await self._open_orphan(ino, flags)
+        if self._locks is not None and ino >= LOCK_BASE:
+            return self.handles.add(await self._locks.open(ino, flags), ino, flags)
+        return self.handles.add(self._local.open(ino, flags), ino, flags)
+
+    def _open_coming(self, coming: Incoming, node: Node) -> int | None:
+        """Handle of a large file of which parts can be read already; ``None``: it is not the same any more."""
+        now = self._sync.catalog.node(node.ino)
+        if now is None or now.residency is not Residency.STUB or now.base != coming.entry:
+            self._sync.hydrator.leave(coming)
+            return None
+        number = self._track(os.dup(coming.fd), node, os.O_RDONLY, 0)
+        self.early.note(self.handles[number], coming)
+        return number
+
+    def _tell(self, prefetch: Prefetch, node: Node, pid: int) -> None:
+        if node.residency is Residency.STUB:
+            prefetch.demanded(node, pid)
+        elif node.ino in prefetch.expected:
+            prefetch.opened(node)
 
     async def about_to_write(self, node: Node, pid: int) -> Node:
         """Have the lock that covers a file. Raises ESTALE if the name stands for another file by then."""
@@ -185,7 +229,9 @@ class Files:
             except StoreError:
                 raise stale(ino) from None  # replaced remotely: the kernel looks the name up again
         fd = os.open(orphan.content, (flags & (os.O_ACCMODE | os.O_APPEND)) | os.O_NOFOLLOW | os.O_CLOEXEC)
-        return self._handle(fd, ino, flags)
+        if self.handles.is_open(ino):
+            return self.handles.track(fd, ino, orphan.node.path, flags=flags, pid=0)
+        return self.handles.add(fd, ino, flags)
 
     def create(self, node: Node, flags: int, pid: int) -> int:
         """Handle of a file the tree has just made: announce it, then make its bytes."""
@@ -198,45 +244,47 @@ class Files:
 
     def create_local(self, rel: RelPath, flags: int, mode: int, owner: tuple[int, int]) -> tuple[int, Attributes]:
         fd, attributes = self._local.create(rel, flags, mode, owner)
-        return self._handle(fd, attributes.ino, flags), attributes
+        return self.handles.add(fd, attributes.ino, flags), attributes
 
     def adopt(self, fd: int, ino: int, flags: int) -> int:
         """Handle of something that is no file: a lock that was just taken, or a view."""
-        return self._handle(fd, ino, flags)
+        return self.handles.add(fd, ino, flags)
 
     def _track(self, fd: int, node: Node, flags: int, pid: int) -> int:
-        file = self._open.setdefault(node.ino, OpenFile(node.path))
-        file.linked = file.linked or node.links > 1
-        self.last_use[node.ino] = time.monotonic()
-        if flags & _WRITING:
-            file.writers.append(fd)
-        else:
-            file.readers += 1
-        return self._handle(fd, node.ino, flags, pid)
+        file = self.handles.files.get(node.ino)
+        if flags & WRITING and file is not None and file.backing:
+            try:
+                self._about_to_change(node.ino, file)  # what is mapped is written without our being told
+            except BaseException:
+                os.close(fd)
+                raise
+        whole = node.size if node.residency is Residency.CLEAN and not flags & WRITING else 0
+        return self._tracked(fd, node.ino, node.path, flags=flags, pid=pid, linked=node.links > 1, whole=whole)
 
-    def _handle(self, fd: int, ino: int, flags: int, pid: int = 0) -> int:
-        number = self._next
-        self._next += 1
-        self._handles[number] = Handle(fd, ino, bool(flags & _WRITING), pid)
-        return number
+    def _tracked(
+        self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, whole: int, linked: bool = False
+    ) -> int:
+        """What the kernel knows by another number, too, it may have open in another way: that is read through us."""
+        if self._inodes.is_alias(ino):
+            whole = 0
+        return self.handles.track(fd, ino, path, flags=flags, pid=pid, linked=linked, whole=whole)
 
     # --- bytes --------------------------------------------------------------------------------------------
 
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        return os.pread(self._handles[number].fd, size, offset)
+    def read(self, number: int, offset: int, size: int) -> bytes | None:
+        """``None``: not all of that is here; see :class:`EarlyReads`."""
+        handle = self.handles[number]
+        if handle.coming is not None and not handle.coming.is_here(offset, size):
+            return None
+        return os.pread(handle.fd, size, offset)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Raises ESTALE if another machine replaced the file since it was opened."""
-        handle = self._handles[number]
-        file = self._open.get(handle.ino)
-        if file is not None:
-            names = self._names(handle.ino, file)
-            if names and not self._is_announced(file, names) and not self._guard.lets(*names):
-                await self._guard.wait(handle.pid, *names)
-            if file.replaced:
-                raise stale(handle.ino)
-            if file.path is not None:
-                self._about_to_change(handle.ino, file)
+        handle = self.handles[number]
+        names = self._unguarded(handle)
+        if names:
+            await self._guard.wait(handle.pid, *names)
+        self._begin_change(handle)
         view, done = memoryview(data), 0
         room = self._sync.room
         while done < len(data):
@@ -250,15 +298,51 @@ class Files:
             await self._locks.written(handle.ino, handle.fd)
         return done
 
+    def write_now(self, number: int, offset: int, data: memoryview) -> int | None:
+        """As :meth:`write`; ``None`` if that has to wait for a lock or for room. May write less."""
+        handle = self.handles[number]
+        if self._unguarded(handle) or (self._locks is not None and handle.ino >= LOCK_BASE):
+            return None
+        self._begin_change(handle)
+        try:
+            self._sync.room.check()
+            return os.pwrite(handle.fd, data, offset)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return None
+
+    def _unguarded(self, handle: Handle) -> Sequence[RelPath]:
+        """Names whose lock a writer has to wait for."""
+        file = self.handles.files.get(handle.ino)
+        names = () if file is None else self._names(handle.ino, file)
+        if not names or file is None or self._is_announced(file, names) or self._guard.lets(*names):
+            return ()
+        return names
+
+    def _begin_change(self, handle: Handle) -> None:
+        file = self.handles.files.get(handle.ino)
+        if file is not None:
+            if file.replaced:
+                raise stale(handle.ino)
+            if file.path is not None:
+                self._about_to_change(handle.ino, file)
+
+    def _may_change(self, handle: Handle) -> None:
+        if handle.file is not None and not handle.file.replaced:
+            self._about_to_change(handle.ino, handle.file)
+
     def truncate(self, node: Node, size: int) -> None:
         """Change a file's length; its content must be local unless the length is 0."""
-        file = self._open.get(node.ino) or OpenFile(node.path)
+        file = self.handles.files.get(node.ino) or OpenFile(node.path)
         self._about_to_change(node.ino, file)
+        for name in self.names_of(node):
+            self._sync.journal.note_replaced(name.path)
         if size == 0:
             os.close(self._sync.cache.create(node.path))  # whether or not there is content here
         else:
             os.truncate(self._sync.cache.path(node.path), size)
-        self._sync.catalog.set_content(node.ino, os.lstat(self._sync.cache.path(node.path)))
+        self._note_content(node.ino, os.lstat(self._sync.cache.path(node.path)))
         self._changed(node)
 
     async def make_local(self, node: Node) -> Node:
@@ -272,90 +356,83 @@ class Files:
             node = node._replace(residency=Residency.STUB)
 
     async def fsync(self, number: int) -> None:
-        """Bytes and journal survive a power cut on return. The journal first: bytes without a mark are nobody's."""
-        fd = self._handles[number].fd
-        self._sync.journal.sync()
-        await self._sync.remote.threads.write(Lane.DISK, os.fsync, fd)
+        """Bytes survive a power cut on return, and so does the knowledge that they are whole (sync/replay.py)."""
+        handle = self.handles[number]
+        if handle.is_mapped:
+            self._may_change(handle)
+        await self._sync.remote.threads.write(Lane.DISK, os.fsync, handle.fd)
+        file = self.handles.files.get(handle.ino)
+        for path in () if file is None else self._names(handle.ino, file):
+            if path in self._sync.journal or is_scratch(path):
+                self._sync.journal.note_synced(path)
 
-    def changed_paths(self, number: int) -> list[RelPath]:
-        """Of a handle through which something may have been written that is not published."""
-        handle = self._handles[number]
-        file = self._open.get(handle.ino)
-        if file is None or not handle.writable:
-            return []
-        return [path for path in self._names(handle.ino, file) if path in self._sync.journal]
+    async def make_durable(self, node: Node) -> Node:
+        """Content is here, whole, and survives a power cut: it is about to be all there is of it."""
+        node = await self.make_local(node)
+        await self._sync.remote.threads.write(Lane.DISK, sync_content, self._sync.cache.path(node.path))
+        self._sync.journal.note_synced(node.path)
+        return node
+
+    def require_current(self, number: int) -> None:
+        """Raises ESTALE if another machine replaced a handle's file: what was written to it was kept aside."""
+        handle = self.handles[number]
+        file = self.handles.files.get(handle.ino)
+        if file is not None and file.replaced:
+            raise stale(handle.ino)
+
+    def unpublished(self, number: int) -> list[RelPath]:
+        """Names of a handle's file under which the datastore has something else, or nothing."""
+        handle = self.handles[number]
+        file = self.handles.files.get(handle.ino)
+        if handle.is_mapped:
+            self._may_change(handle)
+        return [] if file is None else [path for path in self._names(handle.ino, file) if path in self._sync.journal]
 
     def release(self, number: int) -> None:
-        handle = self._handles.pop(number)
-        file = self._open.get(handle.ino)
+        handle = self.handles.by_number.pop(number)
+        lingers = False
         try:
-            if file is not None:
-                self._closed(handle, file)
+            lingers = handle.is_mapped and self.mapped.linger(handle)
+        finally:
+            if not lingers:
+                self._close(handle)
+
+    def _close(self, handle: Handle) -> None:
+        try:
+            if handle.file is not None:
+                self._closed(handle, handle.file)
         finally:
             os.close(handle.fd)
+            if handle.coming is not None:
+                self._sync.hydrator.leave(handle.coming)
 
     def _closed(self, handle: Handle, file: OpenFile) -> None:
         try:
             if handle.writable:
+                if handle.is_mapped:
+                    self._may_change(handle)
                 self._record(handle.ino, file, handle.fd)
         finally:
-            if handle.writable:
-                file.writers.remove(handle.fd)
-            else:
-                file.readers -= 1
-            if not file.writers and file.readers <= 0:
-                del self._open[handle.ino]
+            self.handles.untrack(handle, file)
 
-    # --- names --------------------------------------------------------------------------------------------
-
-    def renamed(self, source: RelPath, target: RelPath) -> None:
-        """The tree moved a file or a directory: open files follow."""
-        for file in self._open.values():
-            if file.path is not None and (file.path == source or file.path.startswith(source + "/")):
-                file.path = RelPath(target + file.path[len(source) :])
-
-    def lost_name(self, ino: int, path: RelPath, left: Sequence[RelPath]) -> None:
-        """A file lost a name; ``left`` are its others."""
-        file = self._open.get(ino)
-        if file is not None and file.path == path:
-            file.path = left[0] if left else None
-
-    def linked(self, ino: int) -> None:
-        """A file got another name."""
-        file = self._open.get(ino)
-        if file is not None:
-            file.linked = True
-
-    def replaced(self, ino: int) -> None:
-        """By another machine: what is written through its handles would be nobody's."""
-        file = self._open.get(ino)
-        if file is not None:
-            file.replaced = True
-
-    def is_open(self, ino: int) -> bool:
-        return ino in self._open
+    # --- asking -------------------------------------------------------------------------------------------
 
     def attributes(self, node: Node) -> Attributes:
         """Attributes, with size and time from the file itself while it is being written."""
         attributes = of_node(node, self._owner)
-        file = self._open.get(node.ino)
-        if file is None or not file.writers:
+        file = self.handles.files.get(node.ino)
+        if file is not None and file.writers:
+            found = os.fstat(file.writers[0])
+        elif node.ino in self._unnoted and node.residency is Residency.DIRTY:
+            found = os.lstat(self._sync.cache.path(node.path))
+        else:
             return attributes
-        found = os.fstat(file.writers[0])
         return attributes._replace(
             size=found.st_size,
             blocks=found.st_blocks,
             mtime_ns=found.st_mtime_ns,
             ctime_ns=max(found.st_ctime_ns, attributes.ctime_ns),
         )
-
-    def descriptor(self, ino: int) -> int | None:
-        """Of an open file, preferably a writable one."""
-        found = [handle for handle in self._handles.values() if handle.ino == ino]
-        return max(found, key=lambda handle: handle.writable).fd if found else None
-
-    def has_writer(self, ino: int) -> bool:
-        return any(handle.ino == ino and handle.writable for handle in self._handles.values())
 
     # --- parts --------------------------------------------------------------------------------------------
 
@@ -403,6 +480,18 @@ class Files:
         if node is None or node.kind is not Kind.FILE or node.residency is not Residency.DIRTY:
             return
         if (node.size, node.mtime_ns, node.blocks) != (found.st_size, found.st_mtime_ns, found.st_blocks):
-            self._sync.catalog.set_content(ino, found)
+            self._note_content(ino, found)
             self._sync.room.came(found.st_size)
         self._changed(node)
+
+    def _note_content(self, ino: int, found: os.stat_result) -> None:
+        """Nobody hears of an error at a close: if the disk is full, the file itself is asked until it is published."""
+        try:
+            self._sync.catalog.set_content(ino, found)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            self._sync.room.databases_need_room()
+            self._unnoted.add(ino)
+        else:
+            self._unnoted.discard(ino)

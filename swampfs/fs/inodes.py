@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from swampfs.records import Node
+from swampfs.fs.attributes import stale
+from swampfs.records import Change, Node
 
 
 @dataclass(slots=True)
@@ -19,6 +20,28 @@ class Orphan:
     node: Node
     content: str | None
     replaced: bool = False  # by another machine: the name stands for other content, or for none
+
+    def set_attributes(self, change: Change, descriptor: int | None) -> None:
+        """``descriptor`` is of an open handle, if there is any. Raises ESTALE for what was replaced."""
+        if change.size is not None and self.replaced:
+            raise stale(self.node.ino)  # as a write is: the name stands for another machine's version
+        where = self.content if descriptor is None else descriptor
+        if where is not None:
+            if change.size is not None:
+                os.truncate(where, change.size)
+            if change.mtime_ns is not None:
+                os.utime(where, ns=(change.mtime_ns, change.mtime_ns))
+        self.node = self.node._replace(
+            mode=self.node.mode if change.mode is None else change.mode & 0o7777,
+            uid=self.node.uid if change.uid is None else change.uid,
+            gid=self.node.gid if change.gid is None else change.gid,
+        )
+
+    def drop_content(self) -> None:
+        """It takes no room any more; who has it open keeps it."""
+        if self.content is not None and os.path.lexists(self.content):
+            os.unlink(self.content)
+        self.content = None
 
 
 class Inodes:
@@ -32,6 +55,10 @@ class Inodes:
     def alias(self, old: int, new: int) -> None:
         """A file got another inode by a rename across tiers; until FORGET both numbers mean it."""
         self._aliases[old] = new
+
+    def is_alias(self, ino: int) -> bool:
+        """Whether the kernel knows an inode by another number, too."""
+        return bool(self._aliases) and ino in self._aliases.values()
 
     def resolve(self, ino: int) -> int:
         return self._aliases.get(ino, ino)
@@ -54,6 +81,6 @@ class Inodes:
         self._lookups.pop(ino, None)
         self._aliases.pop(ino, None)
         orphan = self.orphans.pop(ino, None)
-        if orphan is not None and orphan.content is not None and os.path.lexists(orphan.content):
-            os.unlink(orphan.content)
+        if orphan is not None:
+            orphan.drop_content()
         return True

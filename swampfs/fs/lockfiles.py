@@ -121,6 +121,10 @@ class LockFiles:
         found = [path for path in names if parent_of(path) == directory]
         return sorted(((path.rpartition("/")[2], self._attributes(self._show(path))) for path in found), key=_by_inode)
 
+    def shows_any(self) -> bool:
+        """Whether there is any to list, anywhere."""
+        return bool(self._foreign or self._leases.taken_names())
+
     def forget(self, ino: int) -> None:
         shown = self._by_ino.get(ino)
         if shown is not None and self._leases.taken(shown.path) is None:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 
 from swampfs.fs.attributes import KINDS, Attributes, fail, stale
 from swampfs.fs.files import Files
+from swampfs.fs.handles import sync_content
 from swampfs.fs.inodes import Inodes, Orphan
-from swampfs.names import MAX_LINK, RelPath, check_name, is_scratch, join, rel_path
+from swampfs.names import MAX_LINK, RelPath, check_name, is_below, is_scratch, join, rel_path
 from swampfs.records import Change, DirtyPath, Kind, Node, Op, Residency, TreeChange
 from swampfs.state.catalog import CHANGED, LINK_MODE
 from swampfs.sync.parallel import for_each
@@ -42,6 +43,19 @@ class Tree:
             raise fail(errno.ENOTDIR, node.path)
         return node
 
+    def unpublished(self, ino: int) -> list[RelPath]:
+        """Paths below a directory under which the datastore has something else, or nothing."""
+        node = self._catalog.node(ino)
+        if node is None:
+            return []  # of the local tier, or removed
+        return [RelPath(path) for path in self._sync.journal if is_below(path, node.path)]
+
+    def sync_names(self, ino: int) -> None:
+        """What was renamed or linked into a directory is there after a power cut."""
+        node = self._catalog.node(ino)
+        if node is not None:
+            self._sync.cache.sync_names(RelPath(f"{node.path}/." if node.path else "."))
+
     def child_path(self, parent: Node, name: str) -> RelPath:
         """Checked path of a name that may be created."""
         check_name(name)
@@ -55,7 +69,7 @@ class Tree:
 
     def lives_on(self, change: TreeChange) -> bool:
         """Whether an inode that lost this name is still open, or has others."""
-        if self._files.is_open(change.ino):
+        if self._files.handles.is_open(change.ino):
             return True
         if self._catalog.node(change.ino) is None:
             return False
@@ -80,17 +94,18 @@ class Tree:
         if self._catalog.child(parent.ino, name) is not None:
             raise fail(errno.EEXIST, path)
         with self._catalog.transaction():
-            self._catalog.add(path, Kind.FILE, mode=mode & 0o7777, owner=_group_of(parent, owner))
-            self._adopt_removed(path)
-        node = self._catalog.at(path)
-        assert node is not None
+            node = self._catalog.add(path, Kind.FILE, mode=mode & 0o7777, owner=_group_of(parent, owner))
+            if self._adopt_removed(path):
+                return self.existing(parent, name)
         return node
 
-    def _adopt_removed(self, path: RelPath) -> None:
+    def _adopt_removed(self, path: RelPath) -> bool:
         """Removed and made again before the removal was pushed: a change of the published file."""
-        pending = self._sync.journal.get(path)
-        if pending is not None:
-            self._catalog.adopt_base(path, pending.base, pending.partition)
+        pending = self._sync.journal.get(path) if path in self._sync.journal else None
+        if pending is None:
+            return False
+        self._catalog.adopt_base(path, pending.base, pending.partition)
+        return True
 
     def symlink(self, parent: Node, name: str, target: str, owner: tuple[int, int]) -> Node:
         """Its content is its target, for clients that know no links."""
@@ -133,7 +148,7 @@ class Tree:
         """A further name of a file. On other machines, and to the datastore, it is a file of its own."""
         node = self.linkable(ino)
         if node.kind in (Kind.FILE, Kind.SYMLINK):
-            await self._files.make_local(node)
+            await (self._files.make_durable if self._is_loose(node) else self._files.make_local)(node)
             node = self.linkable(ino)
         path = self.child_path(self.directory(parent), name)
         if self._catalog.child(parent, name) is not None:
@@ -142,11 +157,15 @@ class Tree:
             self._catalog.add_link(node, path, Residency.CLEAN)
         else:
             self._sync.mark_dirty(node._replace(path=path, partition=None))
+            if self._sync.journal.is_synced(node.path):
+                self._sync.journal.note_synced(path)
             self._sync.cache.link(node.path, path)
+            if node.base is not None:
+                self._sync.cache.sync_names(path)
             with self._catalog.transaction():
                 self._catalog.add_link(node, path, Residency.DIRTY)
                 self._adopt_removed(path)
-            self._files.linked(ino)
+            self._files.handles.linked(ino)
             self._on_dirty(path)
         made = self._catalog.at(path)
         assert made is not None
@@ -193,21 +212,24 @@ class Tree:
         """The name of this inode stands for other content now, or for none."""
         if not node.is_dir and node.links > 1:
             self._sync.cache.remove(node.path)
-            self._files.lost_name(node.ino, node.path, self._catalog.names(node.ino))
+            self._files.handles.lost_name(node.ino, node.path, self._catalog.names(node.ino))
             return
         if node.residency is not Residency.STUB:  # a stub has nothing to go on with: its next open is ESTALE
             self._unname(node)
             self._sync.cache.remove(node.path)
-        self._files.replaced(node.ino)
-        if node.ino in self._inodes.orphans:
-            self._inodes.orphans[node.ino].replaced = True
+        self._files.handles.replaced(node.ino)
+        orphan = self._inodes.orphans.get(node.ino)
+        if orphan is not None:
+            orphan.replaced = True
+            orphan.drop_content()  # nobody can open it any more
 
     def _unname(self, node: Node) -> None:
         """The node loses its name; while the kernel holds the inode, its content stays reachable."""
         left = [path for path in self._catalog.names(node.ino) if path != node.path] if node.links > 1 else []
-        self._files.lost_name(node.ino, node.path, left)
+        self._files.handles.lost_name(node.ino, node.path, left)
         if left:
             return
+        self._files.handles.last_use.pop(node.ino, None)
         if self._inodes.is_held(node.ino):
             content = self._sync.cache.orphan(node.path, node.ino)
             self._inodes.orphans[node.ino] = Orphan(node, content)
@@ -219,8 +241,10 @@ class Tree:
     ) -> tuple[RelPath, RelPath]:
         """POSIX rename within the datastore tier, of names in directories given by inode. Returns old and new path.
 
-        What moves must be local, because only content that is here can be published under the new name.
+        What moves must be local, because only content that is here can be published under the new name; and on the
+        disk, because the old name's object will be deleted for it, also after a power cut.
         """
+        durable: set[int] = set()
         with self._sync.room.keeping():
             while True:
                 # Read anew after each wait: others may have moved or removed anything.
@@ -229,15 +253,27 @@ class Tree:
                 over = self._catalog.child(new_parent, new_name)
                 if over is not None and over.ino == node.ino:
                     return node.path, target
+                if await self._files.early.finish(over):
+                    continue
                 self._check_rename(node, target, over, replace)
-                stubs = [file for file in self._catalog.files_below(node.path) if file.residency is Residency.STUB]
-                if not stubs:
+                moving = list(self._catalog.files_below(node.path))
+                loose = [file for file in moving if self._is_loose(file) and file.ino not in durable]
+                links = [link for link in moving if link.residency is Residency.STUB and link.kind is not Kind.FILE]
+                if not loose and not links:
                     break
-                errors = await for_each(stubs, self._files.make_local, at_once=_HYDRATE_AT_ONCE)
+                errors = await for_each(loose, self._files.make_durable, at_once=_HYDRATE_AT_ONCE)
+                errors += await for_each(links, self._files.make_local, at_once=_HYDRATE_AT_ONCE)
                 if errors:
                     raise errors[0]
+                durable.update(file.ino for file in loose)
             self._move(node, target, over)
         return node.path, target
+
+    def _is_loose(self, node: Node) -> bool:
+        """Whether a power cut could take the bytes of something that is in the datastore under this name."""
+        if node.kind is not Kind.FILE or node.base is None:
+            return False
+        return node.residency is not Residency.DIRTY or not self._sync.journal.is_synced(node.path)
 
     def moved_with(self, node: Node, target: RelPath) -> list[RelPath]:
         """Every path, old and new, that others would see change if a directory were renamed to ``target``."""
@@ -280,6 +316,9 @@ class Tree:
             if node.is_special:
                 self._sync.cache.remove(over.path)
         self._sync.cache.rename(node.path, target)
+        if any(old.base is not None for old, _ in moves):
+            # Its object will be deleted for this: a power cut must not leave it under neither name.
+            self._sync.cache.sync_names(node.path, target)
         with self._catalog.transaction():
             if over is not None:
                 self._catalog.remove(over)
@@ -293,7 +332,7 @@ class Tree:
                     if pending is not None and pending.base is not None:
                         self._catalog.adopt_base(new.path, pending.base, pending.partition)
         self._sync.journal.settle(intent)
-        self._files.renamed(node.path, target)
+        self._files.handles.renamed(node.path, target)
         for old, new in moves:
             self._on_dirty(old.path)
             if new is not None:
@@ -305,9 +344,12 @@ class Tree:
         if change.size is not None:
             if node.is_dir:
                 raise fail(errno.EISDIR, node.path)
-            if change.size > 0:
-                node = await self._files.make_local(node)
+            node = await (self._files.make_local if change.size > 0 else self._files.early.finished)(node)
             self._files.truncate(node, change.size)
+        self.set_attributes(node, change)
+
+    def set_attributes(self, node: Node, change: Change) -> None:
+        """All but the size."""
         if change.mtime_ns is not None and not node.is_dir and self._sync.cache.stat(node.path) is not None:
             # The file carries the time too: it is what a push reads and what replay trusts.
             os.utime(self._sync.cache.path(node.path), ns=(change.mtime_ns, change.mtime_ns))
@@ -332,13 +374,15 @@ class Tree:
 
     async def surrender(self, node: Node, take: Callable[[str, int], Attributes]) -> None:
         """A datastore file is renamed to a local name: hand its content to ``take`` and forget it here."""
-        if node.kind is not Kind.FILE or node.links > 1 or self._files.has_writer(node.ino):
+        if node.kind is not Kind.FILE or node.links > 1 or self._files.handles.has_writer(node.ino):
             raise fail(errno.EXDEV, node.path)
-        node = await self._files.make_local(node)
+        if self._files.handles.is_passing(node.ino):
+            raise fail(errno.EXDEV, node.path)  # the kernel reads it as what it was
+        node = await self._files.make_durable(node)
         taken = take(self._sync.cache.path(node.path), node.mode)
         self._sync.mark_deleted(node)
         self._catalog.remove(node, by_user=True)
-        self._files.lost_name(node.ino, node.path, [])
+        self._files.handles.lost_name(node.ino, node.path, [])
         self._inodes.alias(node.ino, taken.ino)
         self._on_dirty(node.path)
 
@@ -348,7 +392,7 @@ class Tree:
         ``ino`` is its inode in the local tier. The source goes last: a crash before that leaves it where it was.
         """
         found = os.lstat(content)
-        if not stat.S_ISREG(found.st_mode) or self._files.has_writer(ino):
+        if not stat.S_ISREG(found.st_mode) or self._files.handles.has_writer(ino):
             raise fail(errno.EXDEV, content)  # what mv(1) answers by copying
         path = self.child_path(parent, name)
         over = self._catalog.child(parent.ino, name)
@@ -356,6 +400,7 @@ class Tree:
             raise fail(errno.EISDIR, path)
         staged = self._sync.cache.stage()
         shutil.copyfile(content, staged)
+        sync_content(staged)
         if over is not None:
             self._sync.mark_dirty(over)
             self._unname(over)
@@ -363,6 +408,7 @@ class Tree:
         node = self.create(parent, name, found.st_mode, (found.st_uid, found.st_gid))
         self._sync.mark_dirty(node)
         self._sync.cache.admit(staged, path, found.st_mtime_ns)
+        self._sync.journal.note_synced(path)
         self._catalog.set_content(node.ino, os.lstat(self._sync.cache.path(path)))
         os.unlink(content)
         self._inodes.alias(ino, node.ino)

@@ -48,26 +48,26 @@ class FileSystem:
         """``guard`` and ``locks`` make it one of many mounts; without them it writes as if it were alone."""
         self.sync = sync
         self.inodes = Inodes()
-        self._guard = guard or Guard(None)
-        self._locks = locks
+        self.guard = guard or Guard(None)
+        self.locks = locks
         self.close_to_open: CloseToOpen | None = None
         """Set by the composition root for a mount that asks at each open and publishes at each close."""
         self.views: Views | None = None
         """The directory of the mount's own state; set by the composition root."""
         self.views_parent = ROOT_INO
         """Where it is; 0 = in a directory above ours."""
-        self.files = Files(sync, local, self.inodes, owner, on_dirty, guard=self._guard, locks=locks)
+        self.files = Files(sync, local, self.inodes, owner, on_dirty, guard=self.guard, locks=locks)
         sync.is_open = self.files.is_being_written
         self.tree = Tree(sync, self.files, self.inodes, on_dirty)
         sync.drop_content = self.tree.replaced_remotely
         self._catalog = sync.catalog
         self._local = local
-        self._owner = owner
-        self._read_only = read_only
+        self.owner = owner
+        self.is_read_only = read_only
         self._invalidate = invalidate
 
     def _require_writable(self) -> None:
-        if self._read_only:
+        if self.is_read_only:
             raise ReadOnlyError("the datastore is mounted read-only")
 
     # --- looking ------------------------------------------------------------------------------------------
@@ -94,20 +94,20 @@ class FileSystem:
 
     async def lookup_lock(self, parent: int, name: str) -> Attributes | None:
         """As :meth:`lookup`, for a name that may be a lock's: who holds it is asked for every time."""
-        path = self._lock_path(parent, name)
-        if path is None or self._locks is None:
+        path = self.lock_path(parent, name)
+        if path is None or self.locks is None:
             return self.lookup(parent, name)
-        found = await self._locks.lookup(path)
+        found = await self.locks.lookup(path)
         if found is not None:
             self.inodes.looked_up(found.ino)
         return found
 
     def may_be_lock(self, name: bytes) -> bool:
-        return self._locks is not None and name.endswith(b".lock")
+        return self.locks is not None and name.endswith(b".lock")
 
-    def _lock_path(self, parent: int, name: str) -> RelPath | None:
+    def lock_path(self, parent: int, name: str) -> RelPath | None:
         """Path of a lock file; ``None`` for any other name."""
-        if self._locks is None or not name.endswith(".lock") or parent >= LOCK_BASE:
+        if self.locks is None or not name.endswith(".lock") or parent >= LOCK_BASE:
             return None
         above = self._local.rel(parent) if parent >= LOCAL_BASE else self.tree.directory(parent).path
         path = join(above, name)
@@ -117,8 +117,8 @@ class FileSystem:
         ino = self.inodes.resolve(ino)
         if ino in self.inodes.orphans:
             return self._orphan_attributes(ino)
-        if self._locks is not None and ino >= LOCK_BASE:
-            return self._locks.attributes(ino)
+        if self.locks is not None and ino >= LOCK_BASE:
+            return self.locks.attributes(ino)
         if self.views is not None and ino >= VIEW_BASE:
             return self.views.attributes(ino)
         if ino >= LOCAL_BASE:
@@ -133,17 +133,17 @@ class FileSystem:
 
     def _fstat(self, ino: int) -> os.stat_result:
         """Of an open file without a name. Raises ESTALE if it is not open."""
-        descriptor = self.files.descriptor(ino)
+        descriptor = self.files.handles.descriptor(ino)
         if descriptor is None:
             raise stale(ino)
         return os.fstat(descriptor)
 
     def _orphan_attributes(self, ino: int) -> Attributes:
         orphan = self.inodes.orphans[ino]
-        if orphan.replaced and not self.files.is_open(ino):
+        if orphan.replaced and not self.files.handles.is_open(ino):
             raise stale(ino)
-        attributes = of_node(orphan.node, self._owner, nlink=0)
-        descriptor = self.files.descriptor(ino)
+        attributes = of_node(orphan.node, self.owner, nlink=0)
+        descriptor = self.files.handles.descriptor(ino)
         if descriptor is not None:
             found = os.fstat(descriptor)
         elif orphan.content is not None and os.path.exists(orphan.content):
@@ -167,8 +167,11 @@ class FileSystem:
         above = self._catalog.at(path) or self._local.lookup(path)
         return ino if above is None else above.ino
 
-    def readdir(self, ino: int, after: int) -> Iterator[tuple[str, Attributes, int]]:
-        """Entries whose position is greater than ``after``, with it; positions survive concurrent change."""
+    def readdir(self, ino: int, after: int, *, locks: bool = True) -> Iterator[tuple[str, Attributes, int]]:
+        """Entries whose position is greater than ``after``, with it; positions survive concurrent change.
+
+        ``locks``: also those of lock files, which come and go by themselves.
+        """
         if ino in self.inodes.orphans:
             return  # removed while open
         if self.views is not None and ino == VIEW_BASE:
@@ -190,7 +193,7 @@ class FileSystem:
                 for name, found in self._local.children(directory.path)
                 if self._catalog.child(ino, name) is None
             ]
-            children += self._locks.children(directory.path) if self._locks is not None else []
+            children += self.locks.children(directory.path) if locks and self.locks is not None else []
         for name, found in children:
             if found.ino > after:
                 yield name, found, found.ino
@@ -198,8 +201,8 @@ class FileSystem:
     def forget(self, ino: int, count: int) -> None:
         if self.inodes.forget(ino, count) and ino >= LOCAL_BASE:
             self._local.forget(ino)
-            if self._locks is not None:
-                self._locks.forget(ino)
+            if self.locks is not None:
+                self.locks.forget(ino)
 
     def readlink(self, ino: int) -> str:
         ino = self.inodes.resolve(ino)
@@ -215,7 +218,7 @@ class FileSystem:
 
     # --- making and removing ------------------------------------------------------------------------------
 
-    def _place(self, parent: int, name: str) -> tuple[Node | None, RelPath]:
+    def place(self, parent: int, name: str) -> tuple[Node | None, RelPath]:
         """Where a new name goes: its datastore directory, or ``None`` for the local tier; and its path."""
         self._require_writable()
         check_name(name)
@@ -232,12 +235,12 @@ class FileSystem:
     async def _place_for_writing(
         self, parent: int, name: str, caller: Caller, *, within: bool = False
     ) -> tuple[Node | None, RelPath]:
-        """As :meth:`_place`, with the lock of a datastore path in hand; ``within``: and of what is to be in it."""
-        directory, path = self._place(parent, name)
+        """As :meth:`place`, with the lock of a datastore path in hand; ``within``: and of what is to be in it."""
+        directory, path = self.place(parent, name)
         paths = (path, f"{path}/") if within else (path,)
-        if directory is not None and not self._guard.lets(*paths):
-            await self._guard.wait(caller.pid, *paths)
-            return self._place(parent, name)  # anything may have happened while we waited
+        if directory is not None and not self.guard.lets(*paths):
+            await self.guard.wait(caller.pid, *paths)
+            return self.place(parent, name)  # anything may have happened while we waited
         return directory, path
 
     async def mkdir(self, parent: int, name: str, mode: int, caller: Caller) -> Attributes:
@@ -254,24 +257,31 @@ class FileSystem:
 
         If another machine made it meanwhile it is opened, unless ``O_EXCL`` is asked for.
         """
-        lock = self._lock_path(parent, name)
-        if lock is not None and self._locks is not None:
+        lock = self.lock_path(parent, name)
+        if lock is not None and self.locks is not None:
             self._require_writable()
-            fd, found = await self._locks.create(lock, caller)
+            fd, found = await self.locks.create(lock, caller)
             self.inodes.looked_up(found.ino)
             return self.files.adopt(fd, found.ino, os.O_RDWR), found
         directory, path = await self._place_for_writing(parent, name, caller)
+        there = None if directory is None else self._catalog.child(directory.ino, name)
+        if there is None or there.is_dir or flags & os.O_EXCL:
+            return self.make(directory, path, mode, flags, caller)
+        number = await self.files.open(there.ino, flags, caller.pid)
+        found = self.files.attributes(self._catalog.node(there.ino) or there)
+        self.inodes.looked_up(found.ino)
+        return number, found
+
+    def make(
+        self, directory: Node | None, path: RelPath, mode: int, flags: int, caller: Caller
+    ) -> tuple[int, Attributes]:
+        """A new file where :meth:`place` says; its lock is held."""
         if directory is None:
             number, found = self.files.create_local(path, flags, mode, caller.owner)
         else:
-            there = self._catalog.child(directory.ino, name)
-            if there is not None and not flags & os.O_EXCL and not there.is_dir:
-                number = await self.files.open(there.ino, flags, caller.pid)
-                found = self.files.attributes(self._catalog.node(there.ino) or there)
-            else:
-                node = self.tree.create(directory, name, mode, self._owner_of(caller))
-                number = self.files.create(node, flags, caller.pid)
-                found = self.files.attributes(node)
+            node = self.tree.create(directory, path.rpartition("/")[2], mode, self._owner_of(caller))
+            number = self.files.create(node, flags, caller.pid)
+            found = self.files.attributes(node)
         self.inodes.looked_up(found.ino)
         return number, found
 
@@ -302,7 +312,7 @@ class FileSystem:
         if directory is None:
             found = self._local.link(ino, path)
         else:
-            with self._guard.staying(path):
+            with self.guard.staying(path):
                 found = self.files.attributes(await self.tree.link(ino, parent, name))
         self.inodes.looked_up(found.ino)
         return found
@@ -310,24 +320,25 @@ class FileSystem:
     def _owner_of(self, caller: Caller) -> tuple[int, int]:
         """Of what a caller makes in the datastore: what is the mounting user's is so on every machine."""
         uid, gid = caller.owner
-        return -1 if uid == self._owner.uid else uid, -1 if gid == self._owner.gid else gid
+        return -1 if uid == self.owner.uid else uid, -1 if gid == self.owner.gid else gid
 
     async def unlink(self, parent: int, name: str, caller: Caller) -> None:
         self._require_writable()
-        lock = self._lock_path(parent, name)
-        if lock is not None and self._locks is not None:
-            await self._locks.unlink(lock)
+        lock = self.lock_path(parent, name)
+        if lock is not None and self.locks is not None:
+            await self.locks.unlink(lock)
             return
         if parent >= LOCAL_BASE:
             self._local.unlink(join(self._local.rel(parent), name))
             return
+        await self.files.early.finish(self._catalog.child(parent, name))
         directory = self.tree.directory(parent)
         path = join(directory.path, name)
         if self._catalog.child(parent, name) is None and self._local.owns(path):
             self._local.unlink(path)
             return
-        if not self._guard.lets(path):
-            await self._guard.wait(caller.pid, path)
+        if not self.guard.lets(path):
+            await self.guard.wait(caller.pid, path)
             directory = self.tree.directory(parent)
         self.tree.unlink(directory, name)
 
@@ -341,8 +352,8 @@ class FileSystem:
         if self._catalog.child(parent, name) is None and self._local.owns(path):
             self._local.rmdir(path)
             return
-        if not self._guard.lets(path, f"{path}/"):
-            await self._guard.wait(caller.pid, path, f"{path}/")
+        if not self.guard.lets(path, f"{path}/"):
+            await self.guard.wait(caller.pid, path, f"{path}/")
             directory = self.tree.directory(parent)
         if self._local.children(path):
             raise fail(errno.ENOTEMPTY, path)
@@ -358,7 +369,7 @@ class FileSystem:
         if await self._renamed_lock(old, new, caller, replace):
             return
         paths = await self._have_locks(old, new, caller)
-        with self._guard.staying(*paths):
+        with self.guard.staying(*paths):
             await self._rename(old, new, replace)
 
     async def _rename(self, old: tuple[int, str], new: tuple[int, str], replace: bool) -> None:
@@ -392,31 +403,31 @@ class FileSystem:
                 paths = self.tree.moved_with(node, paths[1])
             if len({lease_path(path) for path in paths}) > _MOST_LOCKS:
                 raise fail(errno.EXDEV, f"{paths[0]}: it is below too many locks")  # mv(1) copies, a lock at a time
-            if self._guard.lets(*paths):
+            if self.guard.lets(*paths):
                 return paths
-            await self._guard.wait(caller.pid, *paths)
-            if not self._guard.lets(*paths):
+            await self.guard.wait(caller.pid, *paths)
+            if not self.guard.lets(*paths):
                 return paths  # out of reach: what is done now is queued
 
     async def _renamed_lock(self, old: tuple[int, str], new: tuple[int, str], caller: Caller, replace: bool) -> bool:
         """Whether an end of a rename is a lock; what is renamed over a lock becomes its content."""
-        if self._lock_path(*old) is not None:
+        if self.lock_path(*old) is not None:
             raise fail(errno.EPERM, f"{old[1]}: a lock cannot be renamed")
-        lock = self._lock_path(*new)
-        if lock is None or self._locks is None:
+        lock = self.lock_path(*new)
+        if lock is None or self.locks is None:
             return False
         found = self.lookup(*old)
         if found is None:
             raise fail(errno.ENOENT, old[1])
         self.inodes.forget(found.ino, 1)
-        if not replace and await self._locks.lookup(lock) is not None:
+        if not replace and await self.locks.lookup(lock) is not None:
             raise fail(errno.EEXIST, lock)
         number = await self.files.open(found.ino, os.O_RDONLY, caller.pid)
         try:
-            content = self.files.read(number, 0, 1 << 16)
+            content = self.files.read(number, 0, 1 << 16) or await self.files.early.read(number, 0, 1 << 16)
         finally:
             self.files.release(number)
-        await self._locks.replace(lock, content, caller)
+        await self.locks.replace(lock, content, caller)
         await self.unlink(*old, caller)
         return True
 
@@ -460,40 +471,23 @@ class FileSystem:
     async def setattr(self, ino: int, change: Change, pid: int) -> Attributes:
         self._require_writable()
         ino = self.inodes.resolve(ino)
-        if self._locks is not None and ino >= LOCK_BASE:
-            descriptor = self.files.descriptor(ino)
+        if self.locks is not None and ino >= LOCK_BASE:
+            descriptor = self.files.handles.descriptor(ino)
             if change.size is not None and descriptor is not None:
                 os.ftruncate(descriptor, change.size)
         elif ino in self.inodes.orphans:
-            self._set_orphan_attributes(ino, change)
+            self.inodes.orphans[ino].set_attributes(change, self.files.handles.descriptor(ino))
         elif ino >= LOCAL_BASE:
-            self._local.setattr(ino, change, self.files.descriptor(ino))
+            self._local.setattr(ino, change, self.files.handles.descriptor(ino))
         else:
             node = self._catalog.node(ino)
             if node is None:
                 raise stale(ino)
             if change.size is not None and not node.is_dir:
                 node = await self.files.about_to_write(node, pid)
-            elif node.is_dir and change.is_of_access and node.path and not self._guard.lets(node.path):
-                await self._guard.wait(pid, node.path)
+            elif node.is_dir and change.is_of_access and node.path and not self.guard.lets(node.path):
+                await self.guard.wait(pid, node.path)
                 node = self.tree.directory(ino)
-            with self._guard.staying(node.path):
-                await self.tree.setattr(node, as_stored(change, self._owner))
+            with self.guard.staying(node.path):
+                await self.tree.setattr(node, as_stored(change, self.owner))
         return self.getattr(ino)
-
-    def _set_orphan_attributes(self, ino: int, change: Change) -> None:
-        orphan = self.inodes.orphans[ino]
-        descriptor = self.files.descriptor(ino)
-        if change.size is not None and orphan.replaced:
-            raise stale(ino)  # as a write is: the name stands for another machine's version
-        where = orphan.content if descriptor is None else descriptor
-        if where is not None:
-            if change.size is not None:
-                os.truncate(where, change.size)
-            if change.mtime_ns is not None:
-                os.utime(where, ns=(change.mtime_ns, change.mtime_ns))
-        orphan.node = orphan.node._replace(
-            mode=orphan.node.mode if change.mode is None else change.mode & 0o7777,
-            uid=orphan.node.uid if change.uid is None else change.uid,
-            gid=orphan.node.gid if change.gid is None else change.gid,
-        )

@@ -41,6 +41,7 @@ class Writeback:
         self._first: dict[Group, float] = {}
         self._wake = trio.Event()
         self._round_done = trio.Event()
+        self._backoff = _FIRST_BACKOFF_S
         self.last_error: str | None = None
         self.conflicts = 0
         self.waiting_for: tuple[RelPath, ...] = ()
@@ -73,6 +74,12 @@ class Writeback:
             self._due[group] = min(self._due[group], time.monotonic())
             self._wake.set()
 
+    def resume(self) -> None:
+        """The datastore is back: what waits to be tried again is due."""
+        self._backoff = _FIRST_BACKOFF_S
+        for group in self._due:
+            self.hurry(group)
+
     def is_held_back(self, path: str) -> bool:
         """Whether a path waits for a user's lock to be given back; that its group is pending is not said of it."""
         return path in self._held
@@ -83,7 +90,6 @@ class Writeback:
 
     async def run(self) -> None:
         """Push what is due, for ever."""
-        backoff = _FIRST_BACKOFF_S
         while True:
             await self._sleep_until_due()
             now = time.monotonic()
@@ -99,19 +105,17 @@ class Writeback:
                 if is_disk_full(error):
                     self._sync.room.databases_need_room()
                 if isinstance(error, SwampfsError | OSError):
-                    log.info("push failed, retrying in %.0f s: %s", backoff, error)
+                    log.info("push failed, retrying in %.0f s: %s", self._backoff, error)
                 else:
                     log.exception("push failed")
-                self._again(groups, backoff)
-                backoff = min(backoff * 2, _LAST_BACKOFF_S)
+                self._retry(groups)
             else:
                 if report.failure is None:
-                    backoff, self.last_error = _FIRST_BACKOFF_S, None
+                    self._backoff, self.last_error = _FIRST_BACKOFF_S, None
                 else:
                     self.last_error = _line(report.failure)
-                    log.info("some files were not pushed, retrying in %.0f s: %s", backoff, report.failure)
-                    self._again(groups, backoff)
-                    backoff = min(backoff * 2, _LAST_BACKOFF_S)
+                    log.info("some files were not pushed, retrying in %.0f s: %s", self._backoff, report.failure)
+                    self._retry(groups)
                 self.conflicts += len(report.conflicts)
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)
@@ -169,6 +173,10 @@ class Writeback:
         for group in groups:
             self._due.setdefault(group, due)
         self._wake.set()
+
+    def _retry(self, groups: Iterable[Group]) -> None:
+        self._again(groups, self._backoff)
+        self._backoff = min(self._backoff * 2, _LAST_BACKOFF_S)
 
     async def _sleep_until_due(self) -> None:
         while True:

@@ -24,6 +24,7 @@ from swampfs.fs.attributes import Attributes, Caller
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
 from swampfs.fs.xattrs import PREFIX, Xattrs
+from swampfs.names import RelPath
 from swampfs.records import Change
 from swampfs.state.catalog import ROOT_INO
 from swampfs.state.schema import is_disk_full
@@ -35,7 +36,7 @@ F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 # Exact invalidation makes long timeouts safe (architecture §4).
 CACHE_S = 3600.0
 _BLOCK = 4096
-_DOTS = 2  # positions of a directory before those of its entries
+DOTS = 2  # positions of a directory before those of its entries
 LONGEST_NAME = 255
 
 
@@ -124,6 +125,8 @@ class Operations(pyfuse3.Operations):
         self.timeout_s = timeout_s
         self.xattrs: Xattrs | None = None
         """Set by the composition root if they were asked for at mount."""
+        self.publish: Callable[[Sequence[RelPath]], Awaitable[None]] | None = None
+        """Commit these, though they may be open. Set by the composition root if ``fsync`` is to wait for that."""
         self.in_use: Counter[int] = Counter()
         """Directories whose names are being changed."""
 
@@ -190,8 +193,8 @@ class Operations(pyfuse3.Operations):
             found = self._fs.dots(fh, name)
             if found is None or not pyfuse3.readdir_reply(token, name.encode(), self._entry(found), position):
                 return  # they count as no look-up
-        for name, attributes, position in self._fs.readdir(fh, max(0, start_id - _DOTS)):
-            if not pyfuse3.readdir_reply(token, name.encode(), self._entry(attributes), position + _DOTS):
+        for name, attributes, position in self._fs.readdir(fh, max(0, start_id - DOTS)):
+            if not pyfuse3.readdir_reply(token, name.encode(), self._entry(attributes), position + DOTS):
                 return
             self._fs.inodes.looked_up(attributes.ino)
 
@@ -309,7 +312,13 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return self._fs.files.read(fh, off, size)
+        found = self._fs.files.read(fh, off, size)
+        return await self._read_coming(fh, off, size) if found is None else found
+
+    async def _read_coming(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        with trio.move_on_after(self.timeout_s):
+            return await self._fs.files.early.read(fh, off, size)
+        raise FUSEError(errno.ETIMEDOUT)
 
     @bounded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
@@ -319,17 +328,23 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: FileHandleT) -> None:
         if self._strict is None:
             raise FUSEError(errno.ENOSYS)  # asked once: bytes are in the file already, so a close needs no upcall
-        paths = self._fs.files.changed_paths(fh)
+        paths = self._fs.files.unpublished(fh) if self._fs.files.handles.is_writable(fh) else []
         if paths:
             await self._strict.publish(paths)
 
     @bounded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         await self._fs.files.fsync(fh)
+        if self.publish is not None and (paths := self._fs.files.unpublished(fh)):
+            await self.publish(paths)
+            self._fs.files.require_current(fh)
 
-    @handler
+    @bounded
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        self._fs.tree.sync_names(fh)
         self._fs.sync.journal.sync()
+        if self.publish is not None and (paths := self._fs.tree.unpublished(fh)):
+            await self.publish(paths)
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
@@ -349,7 +364,8 @@ class Operations(pyfuse3.Operations):
         if ino >= VIEW_BASE:
             return pyfuse3.FileInfo(fh=self._numbers.base + number, direct_io=True)
         # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
-        return pyfuse3.FileInfo(fh=self._numbers.base + number, keep_cache=True)
+        keep = not self._fs.files.early.has_pages(number, ino)
+        return pyfuse3.FileInfo(fh=self._numbers.base + number, keep_cache=keep)
 
     # --- extended attributes: unless asked for, ENOSYS once; then the kernel never asks again (architecture §7) --
 

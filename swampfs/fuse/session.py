@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import pyfuse3
 import trio
+from pyfuse3 import InodeT
 
 from swampfs.errors import MountError
 from swampfs.fuse.operations import PLAIN, Numbers
@@ -26,10 +27,10 @@ _IN_USE_S = 0.02
 _MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
 
 
-def mount(operations: pyfuse3.Operations, settings: MountSettings) -> None:
+def mount(operations: pyfuse3.Operations, settings: MountSettings) -> int:
     """Attach to the mount point. From here on the kernel queues requests; :func:`serve` answers them.
 
-    Raises MountError.
+    Returns the descriptor of the session, -1 if that cannot be told. Raises MountError.
     """
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse", remedy="install fuse3, or load the kernel's fuse module")
@@ -46,6 +47,7 @@ def mount(operations: pyfuse3.Operations, settings: MountSettings) -> None:
         options.add("allow_root")
     if settings.read_only:
         options.add("ro")
+    before = _devices()
     with tempfile.TemporaryFile() as said:
         try:
             with _stderr_to(said.fileno()):
@@ -56,6 +58,17 @@ def mount(operations: pyfuse3.Operations, settings: MountSettings) -> None:
             raise MountError(
                 f"{settings.mountpoint} could not be mounted: {reason}", remedy="check that fuse3 is installed"
             ) from None
+    return max(_devices() - before, default=-1)
+
+
+def _devices() -> set[int]:
+    """Descriptors of ``/dev/fuse``."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # of this very listing
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+    return found
 
 
 @contextlib.contextmanager
@@ -95,6 +108,7 @@ class Invalidator:
         self._threads = threads
         self._numbers = numbers
         self._inodes: list[int] = []
+        self._listings: set[int] = set()
         self._names: list[TreeChange] = []
         self._wake = trio.Event()
         self._wake_names = trio.Event()
@@ -103,11 +117,17 @@ class Invalidator:
         self.lives_on: Callable[[TreeChange], bool] = lambda change: False
         """Whether the inode would go on to answer under a name that is not its own any more."""
         self.is_in_use: Callable[[int], bool] = lambda directory: False
+        self.forget_inode: Callable[[int], None] = _forget_inode
+        self.forget_name: Callable[[int, bytes], None] = pyfuse3.invalidate_entry
+        self.forget_listing: Callable[[int], None] | None = None
+        """How the kernel is told; they raise OSError. It keeps listings only if it is told of those."""
 
     def __call__(self, changes: list[TreeChange]) -> None:
         inodes = [self._numbers.inode(change.ino) for change in changes if change.ino]
-        if inodes:
+        listings = [] if self.forget_listing is None else {change.parent for change in changes if change.name}
+        if inodes or listings:
             self._inodes.extend(inodes)
+            self._listings.update(listings)
             self._idle = trio.Event()
             self._wake.set()
         names = [change for change in changes if change.name and self.lives_on(change)]
@@ -122,9 +142,12 @@ class Invalidator:
             while True:
                 await self._wake.wait()
                 self._wake = trio.Event()
-                batch, self._inodes = self._inodes, []
-                await self._deliver(Lane.KERNEL, _forget_inodes, batch)
-                if not self._inodes:
+                inodes, self._inodes = self._inodes, []
+                listings, self._listings = self._listings, set()
+                if listings:
+                    await self._deliver(Lane.KERNEL, self._forget_listings, listings)
+                await self._deliver(Lane.KERNEL, self._forget_inodes, inodes)
+                if not (self._inodes or self._listings):
                     self._idle.set()
 
     async def settle(self) -> None:
@@ -140,8 +163,7 @@ class Invalidator:
                 if self.is_in_use(change.parent):
                     self._names.append(change)
                 else:
-                    parent = self._numbers.inode(change.parent)
-                    await self._deliver(Lane.NAMES, _forget_name, change._replace(parent=parent))
+                    await self._deliver(Lane.NAMES, self._forget_name, change)
             if self._names:
                 await trio.sleep(_IN_USE_S)
                 self._wake_names.set()
@@ -152,13 +174,21 @@ class Invalidator:
         except OSError as error:
             log.info("the kernel refused an invalidation: %s", error)
 
+    def _forget_inodes(self, inodes: list[int]) -> None:
+        for ino in inodes:
+            with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
+                self.forget_inode(ino)
 
-def _forget_inodes(inodes: list[int]) -> None:
-    for ino in inodes:
-        with contextlib.suppress(FileNotFoundError):  # the kernel did not know it: nothing to forget
-            pyfuse3.invalidate_inode(ino, attr_only=True)
+    def _forget_listings(self, directories: set[int]) -> None:
+        for ino in directories:
+            with contextlib.suppress(FileNotFoundError):
+                if self.forget_listing is not None:
+                    self.forget_listing(self._numbers.inode(ino))
+
+    def _forget_name(self, change: TreeChange) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.forget_name(self._numbers.inode(change.parent), change.name.encode())
 
 
-def _forget_name(change: TreeChange) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        pyfuse3.invalidate_entry(change.parent, change.name.encode())
+def _forget_inode(ino: int) -> None:
+    pyfuse3.invalidate_inode(InodeT(ino), attr_only=True)

@@ -7,6 +7,7 @@ Nothing is ever opened through a symbolic link (``O_NOFOLLOW``), content enters 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -16,11 +17,14 @@ from typing import Any
 
 from swampfs.names import RelPath
 
+_libc = ctypes.CDLL(None, use_errno=True)  # for syncfs(2), which the standard library has not
+
 
 class CacheDir:
     """Content store of one state directory. Paths in, file descriptors and plain paths out."""
 
     def __init__(self, home: str) -> None:
+        self.home = home
         self._files = os.path.join(home, "files")
         self._staging = os.path.join(home, "staging")
         self._conflicts = os.path.join(home, "state", "conflicts")
@@ -111,6 +115,16 @@ class CacheDir:
         os.rename(self.path(source), self.path(target))
         self._prune(source)
 
+    def sync_names(self, *paths: RelPath) -> None:
+        """The directories of these are on the disk when this returns: what was renamed or linked is there."""
+        for parent in {os.path.dirname(self.path(path)) for path in paths}:
+            with contextlib.suppress(FileNotFoundError):
+                directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
+
     def link(self, source: RelPath, target: RelPath) -> None:
         """Two names of one content: what is written to either is in both."""
         self._make_room(target)
@@ -177,6 +191,15 @@ class CacheDir:
                 full = os.path.join(directory, name)
                 if os.path.isfile(full) and not os.path.islink(full):
                     yield RelPath(os.path.relpath(full, self._files))
+
+    def sync(self) -> None:
+        """Everything here is on the disk when this returns. Raises OSError."""
+        directory = os.open(self._files, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _libc.syncfs(directory):
+                raise OSError(ctypes.get_errno(), "the disk of the state directory could not be synchronised")
+        finally:
+            os.close(directory)
 
     def free_bytes(self) -> os.statvfs_result:
         return os.statvfs(self._files)

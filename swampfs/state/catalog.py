@@ -25,6 +25,7 @@ from swampfs.records import (
     Watermark,
     encode_posix,
 )
+from swampfs.state.rows import NODE, SELECT, found, node_of
 from swampfs.state.schema import (
     CATALOG,
     CATALOG_VERSION,
@@ -41,13 +42,7 @@ LINK_MODE = 0o777
 DIRECTORY_MODE = 0o755
 CHANGED = "directory"  # kind of a fact: mode or owner of a directory was changed here, and others do not know yet
 
-_NODE = (
-    "coalesce(shared, ino), parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, partition,"
-    " base_size, base_sha256, base_modified, base_mtime, base_posix, target, rdev, atime_ns, links, blocks,"
-    " coalesce(place, ino), ino"
-)
 _INODE = "(ino = ? OR shared = ?)"
-_SELECT = f"SELECT {_NODE} FROM node"
 _INSERT = """
 INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, explicit,
                   target, rdev, partition, base_size, base_sha256, base_modified, base_mtime, base_posix)
@@ -55,6 +50,8 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
 _LOCAL = f"kind = {Kind.FILE:d} AND residency <> {Residency.STUB:d}"
+_CLEAN = f"kind = {Kind.FILE:d} AND residency = {Residency.CLEAN:d} AND links = 1"
+_MOST_WARM = 20_000
 _UNUSUAL = f"kind = {Kind.DIRECTORY:d} AND (mode <> {DIRECTORY_MODE} OR uid >= 0 OR gid >= 0)"
 _PUBLISHED = f"kind IN ({Kind.FILE:d}, {Kind.SYMLINK:d})"
 
@@ -64,6 +61,8 @@ class Catalog:
 
     def __init__(self, path: str) -> None:
         self.rebuilt = False
+        self._warm: dict[int, tuple[RelPath, int]] = {}
+        self._warm_since = -1  # `total_changes` of the database
         self.epoch = 0  # counts changes to what is known of the remote; an await in between may have made one
         try:
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
@@ -73,6 +72,7 @@ class Catalog:
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
         self.db.create_function("is_scratch", 1, is_scratch, deterministic=True)
         self.db.execute("CREATE INDEX IF NOT EXISTS node_explicit ON node (path) WHERE explicit = 1")
+        self.db.execute("CREATE INDEX IF NOT EXISTS node_place ON node (parent, coalesce(place, ino))")
         self.db.execute(f"CREATE INDEX IF NOT EXISTS node_local ON node (residency, size) WHERE {_LOCAL}")
         self.db.execute(f"CREATE INDEX IF NOT EXISTS node_unusual ON node (path) WHERE {_UNUSUAL}")
         if self.db.execute("SELECT 1 FROM node WHERE ino = ?", (ROOT_INO,)).fetchone() is None:
@@ -92,13 +92,27 @@ class Catalog:
     # --- reading ------------------------------------------------------------------------------------------
 
     def node(self, ino: int) -> Node | None:
-        return _node(self.db.execute(f"{_SELECT} WHERE ino = ?", (ino,)).fetchone())
+        return found(self.db.execute(f"{SELECT} WHERE ino = ?", (ino,)).fetchone())
+
+    def clean_content(self, ino: int) -> tuple[RelPath, int] | None:
+        """Path and size of a published file of one name whose content is here; what a warm open needs to know.
+
+        Kept for those asked for since the catalog was last written: who goes over files again is answered sooner.
+        """
+        if self._warm_since != self.db.total_changes or len(self._warm) >= _MOST_WARM:
+            self._warm, self._warm_since = {}, self.db.total_changes
+        known = self._warm.get(ino)
+        if known is None:
+            row = self.db.execute(f"SELECT path, size FROM node WHERE ino = ? AND {_CLEAN}", (ino,)).fetchone()
+            if row is not None:
+                known = self._warm[ino] = (row[0], row[1])
+        return known
 
     def child(self, parent: int, name: str) -> Node | None:
-        return _node(self.db.execute(f"{_SELECT} WHERE parent = ? AND name = ?", (parent, name)).fetchone())
+        return found(self.db.execute(f"{SELECT} WHERE parent = ? AND name = ?", (parent, name)).fetchone())
 
     def at(self, path: str) -> Node | None:
-        return _node(self.db.execute(f"{_SELECT} WHERE path = ?", (path,)).fetchone())
+        return found(self.db.execute(f"{SELECT} WHERE path = ?", (path,)).fetchone())
 
     def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Node]:
         """Entries of a directory in the order of their places, so that a position survives concurrent change."""
@@ -107,8 +121,11 @@ class Catalog:
             (parent, after, limit),
         )
 
+    def children_by_name(self, parent: int, after: str, limit: int) -> list[Node]:
+        return self._nodes("parent = ? AND name > ? ORDER BY name LIMIT ?", (parent, after, limit))
+
     def _nodes(self, where: str, parameters: tuple[Any, ...]) -> list[Node]:
-        return [_row_node(row) for row in self.db.execute(f"{_SELECT} WHERE {where}", parameters).fetchall()]
+        return [node_of(row) for row in self.db.execute(f"{SELECT} WHERE {where}", parameters).fetchall()]
 
     def has_children(self, parent: int) -> bool:
         row = self.db.execute(
@@ -119,20 +136,17 @@ class Catalog:
     def files_below(self, path: str) -> Iterator[Node]:
         """Every file and symbolic link at or below a path."""
         low, high = (f"{path}/", f"{path}0") if path else ("", "\U0010ffff")
-        rows = self.db.execute(
-            f"{_SELECT} WHERE (path = ? OR (path >= ? AND path < ?)) AND {_PUBLISHED} ORDER BY path",
-            (path, low, high),
-        ).fetchall()
-        return map(_row_node, rows)
+        where = f"(path = ? OR (path >= ? AND path < ?)) AND {_PUBLISHED} ORDER BY path"
+        return iter(self._nodes(where, (path, low, high)))
 
     def implied(self, path: str) -> Node | None:
         """The empty directory at a path that was only there for what was in it."""
         row = self.db.execute(
-            f"{_SELECT} AS directory WHERE path = ? AND explicit = 0 AND kind = {Kind.DIRECTORY:d}"
+            f"{SELECT} AS directory WHERE path = ? AND explicit = 0 AND kind = {Kind.DIRECTORY:d}"
             " AND NOT EXISTS (SELECT 1 FROM node WHERE parent = directory.ino)",
             (path,),
         ).fetchone()
-        return _node(row)
+        return found(row)
 
     def empty_directories(self, scope: str) -> list[RelPath]:
         """Directories at or below ``scope`` that were made by ``mkdir`` and have nothing in them that others see."""
@@ -159,9 +173,10 @@ class Catalog:
         """Sizes of all files whose content is here, together."""
         return int(self.db.execute(f"SELECT coalesce(sum(size), 0) FROM node WHERE {_LOCAL}").fetchone()[0])
 
-    def clean_files(self) -> list[Node]:
-        """Files whose content is here and in the datastore."""
-        return self._nodes(f"{_LOCAL} AND residency = ? AND partition IS NOT NULL AND links = 1", (Residency.CLEAN,))
+    def clean_files(self, after: int = 0, limit: int = -1) -> list[Node]:
+        """Files whose content is here and in the datastore, by inode."""
+        where = f"{_LOCAL} AND residency = ? AND partition IS NOT NULL AND links = 1 AND ino > ? ORDER BY ino LIMIT ?"
+        return self._nodes(where, (Residency.CLEAN, after, limit))
 
     def totals(self) -> dict[str, int]:
         """Counts and bytes for ``statfs`` and ``status``."""
@@ -190,15 +205,13 @@ class Catalog:
         now = time.time_ns()
         parent = self.at(parent_of(path))
         assert parent is not None
-        self.db.execute(
-            _INSERT,
+        (row,) = self.db.execute(
+            f"{_INSERT} RETURNING {NODE}",
             (parent.ino, path.rpartition("/")[2], path, kind, len((target or "").encode()), mtime_ns or now, now, mode,
              *owner, residency, int(kind is Kind.DIRECTORY), target, rdev, None, *_base(None)),
-        )  # fmt: skip
+        ).fetchall()  # fmt: skip
         self.touch(parent.ino, now)
-        node = self.at(path)
-        assert node is not None
-        return node
+        return node_of(row)
 
     def make_parents(self, path: RelPath) -> int:
         """Inode of the directory that holds ``path``, creating missing ones. Raises NotADirectoryError."""
@@ -485,14 +498,3 @@ def _base(entry: IndexEntry | None) -> tuple[int | None, str | None, str | None,
     if entry is None:
         return (None, None, None, None, None)
     return (entry.size, entry.sha256, entry.last_modified, entry.local_mtime, encode_posix(entry.posix))
-
-
-def _row_node(row: tuple[Any, ...]) -> Node:
-    """The column order of ``_NODE`` is the field order of :class:`Node`."""
-    values = list(row)
-    values[4], values[11] = Kind(row[4]), Residency(row[11])
-    return Node._make(values)
-
-
-def _node(row: tuple[Any, ...] | None) -> Node | None:
-    return None if row is None else _row_node(row)

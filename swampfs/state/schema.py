@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from swampfs.errors import StateError
 
 CATALOG_VERSION = 2
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 
 _LINKS = """
 CREATE INDEX node_shared ON node (shared) WHERE shared IS NOT NULL;
@@ -127,14 +127,17 @@ CREATE TABLE dirty (
     base_posix    TEXT,
     sent_size     INTEGER,                            -- what a push uploaded and meant to commit: if its outcome was
     sent_sha256   TEXT,                               -- lost, finding this in the index is no conflict
-    was_deleted   INTEGER NOT NULL DEFAULT 0          -- 1: a removal that became a write before it was pushed
+    was_deleted   INTEGER NOT NULL DEFAULT 0,         -- 1: a removal that became a write before it was pushed
+    synced        INTEGER NOT NULL DEFAULT 0          -- 1: its content was on the disk since it was last replaced
 ) STRICT;
 CREATE TABLE intent (id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, target TEXT NOT NULL) STRICT;
+CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 
 
 UPGRADES = {
-    CATALOG: """
+    CATALOG: (
+        """
 ALTER TABLE node ADD COLUMN base_posix TEXT;
 ALTER TABLE node ADD COLUMN target TEXT;
 ALTER TABLE node ADD COLUMN rdev INTEGER NOT NULL DEFAULT 0;
@@ -147,10 +150,15 @@ UPDATE node SET links = 1 + (SELECT count(*) FROM node AS below WHERE below.pare
     WHERE kind = 2;
 UPDATE node SET links = links - 1 WHERE ino = parent;
 """
-    + _LINKS,
-    JOURNAL: "ALTER TABLE dirty ADD COLUMN base_posix TEXT;",
+        + _LINKS,
+    ),
+    JOURNAL: (
+        "ALTER TABLE dirty ADD COLUMN base_posix TEXT;",
+        "ALTER TABLE dirty ADD COLUMN synced INTEGER NOT NULL DEFAULT 0;"
+        "CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;",
+    ),
 }
-"""Schema → what makes it of the version before."""
+"""Schema → what makes a version 2 of a version 1, a version 3 of that, and so on."""
 
 
 class SchemaError(Exception):
@@ -170,8 +178,9 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables == 0:
             db.executescript(f"BEGIN; {schema} PRAGMA user_version={version}; COMMIT;")
-        elif found == version - 1 and schema in UPGRADES:
-            db.executescript(f"BEGIN; {UPGRADES[schema]} PRAGMA user_version={version}; COMMIT;")
+        elif 1 <= found < version and schema in UPGRADES:
+            steps = " ".join(UPGRADES[schema][found - 1 :])
+            db.executescript(f"BEGIN; {steps} PRAGMA user_version={version}; COMMIT;")
         elif found != version:
             raise SchemaError(f"{path} has schema {found}, expected {version}")
         elif db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
@@ -216,7 +225,8 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # a full disk may have rolled it back: asking again would hide that it was full
+            db.execute("ROLLBACK")
         raise
-    db.execute("COMMIT")

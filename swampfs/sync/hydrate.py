@@ -7,7 +7,6 @@ the index is polled again until the two agree or the caller's patience ends.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -15,21 +14,18 @@ from collections.abc import Awaitable, Callable
 import trio
 from cachetools import LRUCache
 
-from swampfs.errors import AbsentError, IntegrityError, SwampfsError
+from swampfs.errors import AbsentError, IntegrityError, PreconditionError, SwampfsError
 from swampfs.names import RelPath
-from swampfs.records import IndexEntry, Residency
+from swampfs.records import IndexEntry, Node, Residency
+from swampfs.sync.hashing import hash_file
+from swampfs.sync.incoming import LARGE, Incoming, StoppedError
 from swampfs.sync.parts import Parts
 from swampfs.sync.room import Room, is_full
 from swampfs.threads import Lane
 
 _MISMATCH_PAUSE_S = 0.25
 _REMEMBERED = 1000  # failures
-
-
-def hash_file(path: str) -> str:
-    """SHA-256 of a file, lowercase hex."""
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_LINGER_S = 5.0  # for which parts that nobody reads any more are kept
 
 
 class _Flight:
@@ -38,6 +34,7 @@ class _Flight:
     def __init__(self) -> None:
         self.done = trio.Event()
         self.error: Exception | None = None
+        self.waiting = 0
 
 
 class Hydrator:
@@ -48,7 +45,7 @@ class Hydrator:
         parts: Parts,
         *,
         refresh: Callable[[], Awaitable[object]],
-        start_soon: Callable[[Callable[[RelPath], Awaitable[None]], RelPath], None],
+        start_soon: Callable[..., object],
         timeout_s: float,
     ) -> None:
         self._remote = parts.remote
@@ -57,8 +54,9 @@ class Hydrator:
         self._cache = parts.cache
         self._refresh = refresh
         self._start_soon = start_soon
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._flights: dict[RelPath, _Flight] = {}
+        self._coming: dict[RelPath, Incoming] = {}
         self.room = Room()
         """Where content goes; the composition root may set a limit."""
         self.failures: LRUCache[str, str] = LRUCache(_REMEMBERED)
@@ -74,13 +72,82 @@ class Hydrator:
             IntegrityError: the object's bytes do not match the index.
             StoreError: the store did not answer.
         """
+        while True:
+            flight = self._begin(path)
+            flight.waiting += 1
+            try:
+                await flight.done.wait()
+            finally:
+                flight.waiting -= 1
+            if not isinstance(flight.error, StoppedError):
+                break
+        if flight.error is not None:
+            raise flight.error
+
+    def _begin(self, path: RelPath) -> _Flight:
         flight = self._flights.get(path)
         if flight is None:
             flight = self._flights[path] = _Flight()
             self._start_soon(self._fly, path)
-        await flight.done.wait()
-        if flight.error is not None:
-            raise flight.error
+        return flight
+
+    async def open_early(self, node: Node) -> Incoming | None:
+        """A large file of which parts can be read before all of it is here; ``None``: it must be waited for.
+
+        Raises what the store raises. Whoever gets one gives it back with :meth:`leave`.
+        """
+        if node.size < LARGE or node.base is None:
+            return None
+        coming = self._incoming(node.base)
+        coming.readers += 1
+        try:
+            await coming.begin()
+        except (IntegrityError, AbsentError, PreconditionError):
+            self.leave(coming)  # perhaps a push in progress: who waits for the whole waits for that too
+            return None
+        except BaseException:
+            self.leave(coming)
+            raise
+        if coming.may_be_early:
+            return coming
+        self.leave(coming)
+        return None
+
+    def want_all(self, coming: Incoming) -> None:
+        """Somebody reads it from one end to the other."""
+        if self._coming.get(coming.entry.path) is coming:
+            self._begin(coming.entry.path)
+
+    def leave(self, coming: Incoming) -> None:
+        """A reader is done. What nobody wants to read any more is forgotten after a while."""
+        coming.readers -= 1
+        if coming.readers == 0:
+            self._start_soon(self._forget, coming)
+
+    async def _forget(self, coming: Incoming) -> None:
+        path = coming.entry.path
+        if self._coming.get(path) is coming:
+            flight = self._flights.get(path)
+            if flight is not None and not flight.waiting:
+                coming.stop()
+            await trio.sleep(_LINGER_S)
+        if not coming.readers and not coming.is_fetching:
+            self._drop(coming)
+
+    def _drop(self, coming: Incoming) -> None:
+        """No more readers come to it; the last of those it has closes it."""
+        if self._coming.get(coming.entry.path) is coming:
+            del self._coming[coming.entry.path]
+        if not coming.readers:
+            coming.close()
+
+    def _incoming(self, entry: IndexEntry) -> Incoming:
+        """The one under way, or a new one."""
+        coming = self._coming.get(entry.path)
+        if coming is None or coming.entry != entry or coming.problem is not None:
+            key, staged = self._keys.data(entry.path), self._cache.stage()
+            coming = self._coming[entry.path] = Incoming(self._remote, key, entry, staged, self.room)
+        return coming
 
     async def fetch_aside(self, entry: IndexEntry) -> str:
         """Content of an entry that no longer has a name here, into ``staging/``; returns where.
@@ -99,6 +166,8 @@ class Hydrator:
         try:
             await self._fetch(path)
             self.failures.pop(path, None)
+        except StoppedError as error:
+            flight.error = error  # who waits begins again
         except Exception as error:
             flight.error = error
             self.failures[path] = error.line() if isinstance(error, SwampfsError) else str(error)
@@ -107,37 +176,59 @@ class Hydrator:
             flight.done.set()
 
     async def _fetch(self, path: RelPath) -> None:
-        give_up = time.monotonic() + self._timeout_s * 0.8
+        give_up = time.monotonic() + self.timeout_s * 0.8
         while True:
             node = self._catalog.at(path)
             if node is None or node.base is None:
                 raise AbsentError(f"{path} is not in the datastore")
             if node.residency is not Residency.STUB:
                 return
-            staged = self._cache.stage()
-            try:
-                try:
-                    self.room.check()
-                    problem = await self._download(node.base, staged)
-                except OSError as error:
-                    if os.path.lexists(staged):
-                        os.unlink(staged)
-                    if not is_full(error) or not await self.room.make_room(node.base.size):
-                        raise
-                    continue
-                if problem is None:
-                    if self._admit(node.base, staged):
-                        return
-                    continue  # the index moved while we read
-            finally:
-                if os.path.lexists(staged):
-                    os.unlink(staged)
+            if node.base.size >= LARGE:
+                problem = await self._fetch_in_parts(node.base)
+            else:
+                problem = await self._fetch_whole(node.base)
+            if problem is None:
+                continue  # it is here, or the index moved while we read
             if time.monotonic() > give_up:
                 raise problem
             await self._refresh()
             current = self._catalog.at(path)
             if current is not None and current.base == node.base:
                 await trio.sleep(_MISMATCH_PAUSE_S)
+
+    async def _fetch_whole(self, entry: IndexEntry) -> SwampfsError | None:
+        """Returns what is wrong with the content, if anything is."""
+        staged = self._cache.stage()
+        try:
+            self.room.check()
+            problem = await self._download(entry, staged)
+            if problem is None:
+                self._admit(entry, staged)
+        except OSError as error:
+            if os.path.lexists(staged):
+                os.unlink(staged)
+            if not is_full(error) or not await self.room.make_room(entry.size):
+                raise
+            return None
+        finally:
+            if os.path.lexists(staged):
+                os.unlink(staged)
+        return problem
+
+    async def _fetch_in_parts(self, entry: IndexEntry) -> SwampfsError | None:
+        """As :meth:`_fetch_whole`, of a large file."""
+        coming = self._incoming(entry)
+        try:
+            await coming.fetch_all()
+            self._admit(entry, coming.staged)
+        except AbsentError as error:
+            return AbsentError(f"{entry.path} is in the index but its object is gone: {error}")
+        except (IntegrityError, PreconditionError) as error:
+            return error
+        finally:
+            if coming.done.is_set() or not coming.readers:
+                self._drop(coming)
+        return None
 
     async def _download(self, entry: IndexEntry, staged: str) -> SwampfsError | None:
         """Fetch and verify; returns what is wrong with the content, if anything is."""

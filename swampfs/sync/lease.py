@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import trio
 
-from swampfs.errors import LockTimeoutError, StoreUnreachableError
+from swampfs.errors import LockTimeoutError, StoreError, StoreUnreachableError
 from swampfs.names import RelPath
 from swampfs.records import LockInfo
+from swampfs.state.schema import is_disk_full
 from swampfs.sync.locks import Lock, is_free, wait_until_free
 
 LINGER_S = 1.0
@@ -104,10 +106,16 @@ class Flight:
 
 
 async def acquire(
-    lock: Lock, flight: Flight, wait_s: float, *, global_lock: Lock | None, prove: Callable[[Lock], Awaitable[None]]
+    lock: Lock,
+    flight: Flight,
+    patience_s: tuple[float, float],
+    *,
+    global_lock: Lock | None,
+    prove: Callable[[Lock], Awaitable[None]],
 ) -> None:
     """Spec §9.4: with a model lock in hand the global one must be free; while it is not, we hold neither.
 
+    ``patience_s`` is for others to let go, and for giving back what we could not use.
     Raises LockTimeoutError, StoreError; whatever ends it early gives back what may have been taken.
     """
 
@@ -115,6 +123,7 @@ async def acquire(
         flight.waits, flight.holder = True, holder
         flight.tell()
 
+    wait_s, close_s = patience_s
     lock.on_wait = wait
     while True:
         try:
@@ -125,12 +134,77 @@ async def acquire(
         except LockTimeoutError:
             raise
         except BaseException:
-            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(close_s):
                 await lock.abandon()  # also if its put was applied and not answered
             raise
         await lock.release()
         wait(await global_lock.inspect())
         await wait_until_free(global_lock, wait_s)
+
+
+async def tell_next(lease: Lease, tell: Callable[[RelPath], Awaitable[None]]) -> None:
+    """Leave what the next holder must know; not when the lock may be a successor's already.
+
+    The lock is given back whether it could be left or not.
+    """
+    if not (lease.fresh and lease.lock.is_sure):
+        return
+    try:
+        await tell(lease.name)
+    except Exception as error:
+        if isinstance(error, StoreError) or is_disk_full(error):
+            log.info("the empty directories under %s could not be recorded: %s", lease.name, error)
+        else:
+            log.exception("recording the empty directories under %s failed", lease.name)
+
+
+class LeftOver:
+    """Locks that could not be given back when they were to: it is tried again, so that nobody waits for their TTL."""
+
+    def __init__(self, on_note: Callable[[], None]) -> None:
+        self._on_note = on_note
+        self._locks: dict[RelPath, Lock] = {}
+        self._tried_at = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._locks)
+
+    def note(self, name: RelPath, lock: Lock) -> None:
+        """Remember a lock, if something of it may be left in the store."""
+        if not lock.is_settled:
+            self._locks[name] = lock
+            self._on_note()
+
+    @contextmanager
+    def unless_done(self, name: RelPath, lock: Lock) -> Iterator[None]:
+        """Remember it if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.note(name, lock)
+            raise
+
+    def tick(self, start_soon: Callable[..., Any]) -> None:
+        """Try again with all of them, if it is time."""
+        if self._locks and time.monotonic() - self._tried_at >= ANSWER_S:
+            start_soon(self.give_back, *self._locks)
+
+    async def give_back(self, *names: RelPath) -> None:
+        """Try it now, one after the other. What does not succeed is remembered still."""
+        for name in names:
+            lock = self._locks.pop(name, None)
+            if lock is not None:
+                self._tried_at = time.monotonic()
+                try:
+                    await lock.abandon()
+                except Exception:  # a background task that fails takes the mount down
+                    log.exception("giving back %s failed", name)
+                finally:
+                    if name not in self._locks:
+                        self.note(name, lock)
+
+    async def give_back_all(self) -> None:
+        await self.give_back(*self._locks)
 
 
 class Reach:

@@ -22,13 +22,13 @@ from swampfs.errors import (
     LeaseLostError,
     LockTimeoutError,
     StoreBusyError,
-    StoreError,
     StoreUnreachableError,
     SwampfsError,
 )
 from swampfs.names import GLOBAL_LOCK_FILE, Keyspace, RelPath, is_model_lock, lease_path
 from swampfs.records import LockInfo
-from swampfs.sync.lease import ANSWER_S, CLOSE_S, LONGEST_S, Flight, Lease, Reach, acquire
+from swampfs.state.schema import is_disk_full
+from swampfs.sync.lease import ANSWER_S, CLOSE_S, LONGEST_S, Flight, Lease, LeftOver, Reach, acquire, tell_next
 from swampfs.sync.locks import Lock, lock_timeout
 from swampfs.sync.parallel import for_each
 
@@ -54,20 +54,19 @@ class Leases:
         wait_s: float,
         queue_offline: bool = True,
     ) -> None:
-        """``wait_s`` bounds how long a writer waits for a lock; ``queue_offline`` lets it write without one when the
-        store is out of reach."""
+        """``wait_s`` bounds a writer's wait for a lock; ``queue_offline``: if the store is away it goes on without."""
         self._keys = keys
         self._make_lock = make_lock
         self._refresh = refresh
         self._before_release = before_release
         self._prove_exclusive = prove_exclusive
         self._start_soon = start_soon
-        self._wait_s = wait_s
+        self._wait_s, self._close_s = wait_s, min(CLOSE_S, wait_s)
         self._held: dict[RelPath, Lease] = {}
         self._flights: dict[RelPath, Flight] = {}
         self._leaving: dict[RelPath, trio.Event] = {}
         self._courtesy: dict[RelPath, float] = {}
-        self._left_over: dict[RelPath, Lock] = {}  # the store did not answer when they were given back
+        self.left_over = LeftOver(lambda: self._wake.set())
         self._wake = trio.Event()
         self.global_gate = trio.Lock()
         """Held by whoever of us works with the global lock."""
@@ -173,13 +172,11 @@ class Leases:
             with trio.move_on_at(until):
                 await flight.moved.wait()
         error = flight.error
-        if isinstance(error, LockTimeoutError | ConflictingWriteError | StoreBusyError):
-            if trio.current_time() < deadline - self._wait_s + ANSWER_S:
-                await trio.sleep(TICK_S)
-                return True  # it ran out of the time of an earlier writer, or the store is busy
-            if isinstance(error, StoreBusyError):
-                return self.reach.give_up(error)
-        if isinstance(error, StoreUnreachableError):
+        is_early = trio.current_time() < deadline - self._wait_s + ANSWER_S
+        if is_early and isinstance(error, LockTimeoutError | ConflictingWriteError | StoreBusyError):
+            await trio.sleep(TICK_S)
+            return True  # it ran out of the time of an earlier writer, or the store is busy
+        if isinstance(error, StoreUnreachableError | StoreBusyError):
             return self.reach.give_up(error)
         if error is not None:
             raise error
@@ -216,7 +213,7 @@ class Leases:
         finally:
             for lease in pinned:
                 lease.pins -= 1
-            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(self._close_s):
                 await self._give_back_after_push(name for name in names if name not in waiting)
 
     async def _give_back_after_push(self, names: Iterable[RelPath]) -> None:
@@ -241,9 +238,9 @@ class Leases:
 
     async def _still_borrowed(self, name: RelPath) -> bool:
         holder = await self._make_lock(self._keys.lock(name)).inspect()
-        if holder is not None and holder.nonce == self.borrowed[name]:
+        if holder is not None and name in self.borrowed and holder.nonce == self.borrowed[name]:
             return True
-        del self.borrowed[name]
+        self.borrowed.pop(name, None)  # it may be ours by now
         return False
 
     def taken_global(self) -> Lock | None:
@@ -294,6 +291,7 @@ class Leases:
                 lock = lease.lock
                 lease.user, lease.closing = True, False
             else:
+                await self.left_over.give_back(name)
                 lock = self._make_lock(self._keys.lock(name))
                 lease = self._keep(name, lock, user=True) if await lock.take() else None
             if lease is not None:
@@ -303,8 +301,9 @@ class Leases:
         except BaseException:
             if lease is not None and lease.lock is lock:
                 self._drop(name)
-            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
+            with trio.CancelScope(shield=True), trio.move_on_after(self._close_s):
                 await lock.abandon()
+            self.left_over.note(name, lock)
             raise
         finally:
             del self._flights[name]
@@ -317,7 +316,7 @@ class Leases:
             return
         gone = self._part(lease)
         try:
-            await self._tell_next(lease)
+            await tell_next(lease, self._before_release)
             if not await lease.lock.give_up():
                 raise LeaseLostError(f"the lock {lease.name} had been lost to another machine")
         finally:
@@ -347,7 +346,7 @@ class Leases:
             await self._fly_to_the_end(name, flight, wait_s, refresh)
         except Exception as error:
             flight.error = error
-            if not isinstance(error, SwampfsError):
+            if not (isinstance(error, SwampfsError) or is_disk_full(error)):
                 log.exception("acquiring %s failed", name)
         finally:
             del self._flights[name]
@@ -377,13 +376,12 @@ class Leases:
             lease.fresh, lease.used = True, time.monotonic()
 
     async def _acquire(self, name: RelPath, flight: Flight, wait_s: float) -> Lock:
-        left_over = self._left_over.pop(name, None)
-        if left_over is not None:
-            await left_over.release()  # it could not be given back when it was to: nobody shall wait for that
+        await self.left_over.give_back(name)  # nobody shall wait for what is our own
         lock = self._make_lock(self._keys.lock(name))
         beside = is_model_lock(name) and self.taken_global() is None
         global_lock = self._make_lock(self._keys.global_lock) if beside else None
-        await acquire(lock, flight, wait_s, global_lock=global_lock, prove=self._prove_exclusive)
+        with self.left_over.unless_done(name, lock):
+            await acquire(lock, flight, (wait_s, self._close_s), global_lock=global_lock, prove=self._prove_exclusive)
         return lock
 
     def _keep(self, name: RelPath, lock: Lock, *, user: bool = False) -> Lease:
@@ -416,10 +414,11 @@ class Leases:
     async def run(self) -> None:
         """Give back what is not needed any more, for ever."""
         while True:
-            if not self._held:
+            if not self._held and not self.left_over:
                 self._wake = trio.Event()
                 await self._wake.wait()
             await trio.sleep(TICK_S)
+            self.left_over.tick(self._start_soon)
             for lease in list(self._held.values()):
                 if not lease.user and self._is_done(lease):
                     self._start_soon(self._finish, lease, self._part(lease))
@@ -450,24 +449,15 @@ class Leases:
 
     async def _finish(self, lease: Lease, gone: trio.Event) -> None:
         try:
-            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
-                await self._tell_next(lease)
+            with trio.CancelScope(shield=True), trio.move_on_after(self._close_s):
+                await tell_next(lease, self._before_release)
                 await lease.lock.release()
-            if lease.lock.held:
-                self._left_over[lease.name] = lease.lock
+            self.left_over.note(lease.name, lease.lock)
         except Exception:  # a background task that fails takes the mount down
             log.exception("giving back %s failed", lease.name)
         finally:
             del self._leaving[lease.name]
             gone.set()
-
-    async def _tell_next(self, lease: Lease) -> None:
-        """Leave what the next holder must know; not when the lock may be a successor's already."""
-        if lease.fresh and lease.lock.is_sure:
-            try:
-                await self._before_release(lease.name)
-            except StoreError as error:
-                log.info("the empty directories under %s could not be recorded: %s", lease.name, error)
 
     def _drop(self, name: RelPath) -> None:
         lease = self._held.pop(name, None)
@@ -486,11 +476,13 @@ class Leases:
     async def close(self) -> None:
         """Give back every lock of our own; a user's stays, for the user may go on after us."""
         self._is_closed = True
-        with trio.move_on_after(CLOSE_S):
-            ours = [lease for lease in self._held.values() if not lease.user]
-            await for_each(ours, self._give_back, at_once=_AT_ONCE)
+        with trio.move_on_after(self._close_s):
+            await for_each(
+                [lease for lease in self._held.values() if not lease.user], self._give_back, at_once=_AT_ONCE
+            )
             for gone in list(self._leaving.values()):
                 await gone.wait()
+            await self.left_over.give_back_all()
 
     # --- for status ---------------------------------------------------------------------------------------
 

@@ -129,6 +129,11 @@ class Lock:
         return self._nonce is not None
 
     @property
+    def is_settled(self) -> bool:
+        """Whether nothing of ours can be left in the store: what we put, if anything, is surely gone."""
+        return self._nonce is None and not self._wanted
+
+    @property
     def beat_s(self) -> float:
         """Seconds between two renewals."""
         return self._ttl_ms / 3000
@@ -163,7 +168,7 @@ class Lock:
             self.on_wait(holder[0] if holder else None)
             waited = self._clock() - started
             if waited >= patience:
-                self._note(self.key, None)
+                self._settle()
                 raise lock_timeout(self.key, holder[0] if holder else None, waited)
             await trio.sleep(min(pause, max(0.0, patience - waited)) * random.uniform(0.75, 1.25))  # noqa: S311
             pause = min(pause * 2, self._retry_s)
@@ -176,7 +181,8 @@ class Lock:
                 return True
             holder = await self._inspect()
             if holder is not None and not await self._steal_if_stale(*holder):
-                return False
+                break
+        self._settle()
         return False
 
     async def rewrite(self, content: bytes | None) -> None:
@@ -207,7 +213,7 @@ class Lock:
                 except (PreconditionError, AbsentError):
                     found = await self.look()
                     if found is None or not self._is_ours(self._nonce, found[0], found[1]):
-                        self._nonce = None
+                        self._nonce, self._wanted = None, ""
                         raise LeaseLostError(f"the lock {self.key} was lost to another machine") from None
                     info = found[2]
                     if found[1] == body:
@@ -243,11 +249,15 @@ class Lock:
                     found = await self.look()  # the last renewal may have been applied without our knowing
                     if found is not None and self._is_ours(nonce, found[0], found[1]):
                         gone = await self.break_version(found[2].etag)
-            except StoreError:
+            except BaseException:
                 self._nonce = nonce  # it may be there still: to be tried again, if need be by the next process
                 raise
-            self._note(self.key, None)
+            self._settle()
             return gone
+
+    def _settle(self) -> None:
+        self._wanted = ""
+        self._note(self.key, None)
 
     @property
     def is_busy(self) -> bool:
@@ -260,9 +270,12 @@ class Lock:
 
     async def abandon(self) -> None:
         """An acquisition was cancelled: if it had succeeded all the same, give the lock back."""
+        if self.is_settled:
+            return
         with contextlib.suppress(StoreError):
             if self.held or await self._adopt(self._wanted):
-                await self.release()
+                await self.give_up()
+            self._settle()
 
     async def inspect(self) -> LockInfo | None:
         found = await self._inspect()

@@ -23,6 +23,7 @@ from swampfs.errors import (
     PreconditionError,
 )
 from swampfs.names import (
+    GLOBAL_LOCK_FILE,
     ROOT_PARTITION,
     RelPath,
     home_partition,
@@ -48,7 +49,7 @@ from swampfs.records import (
 )
 from swampfs.state.apply import apply_delta
 from swampfs.state.catalog import FILE_MODE, LINK_MODE
-from swampfs.sync.hydrate import hash_file
+from swampfs.sync.hashing import hash_file
 from swampfs.sync.index import MONOLITH
 from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock, hold
@@ -58,7 +59,7 @@ from swampfs.sync.room import Room, is_full
 from swampfs.sync.unfinished import Unfinished
 from swampfs.threads import Lane
 
-_UPLOADS_AT_ONCE = 16
+_UPLOADS_AT_ONCE = 32
 
 
 @dataclass(slots=True)
@@ -156,7 +157,10 @@ class Pusher:
         if taken is not None:
             locks.append(taken)
             return
+        name = RelPath(GLOBAL_LOCK_FILE)
+        await self._leases.left_over.give_back(name)
         lock = self._make_lock(self._keys.global_lock)
+        stack.callback(self._leases.left_over.note, name, lock)
         await stack.enter_async_context(hold(lock))
         locks.append(lock)
 
@@ -217,6 +221,9 @@ class Pusher:
                 batch.present.append(record)
                 ns = current.posix.ns if current.posix is not None else 0
                 batch.entries[record.path] = current._replace(posix=self._posix(record.path, ns))
+            elif await self._is_unchanged(record):
+                batch.moot.append(record)  # announced, and not changed: theirs comes with the next poll
+                self._catalog.read_again(self._partition(record.path))
             else:
                 batch.conflicts.append(record)
 
@@ -258,6 +265,12 @@ class Pusher:
         return current.sha256 is not None or self._journal.was_sent(
             record.path, current.size, await self._remote_hash(record.path)
         )
+
+    async def _is_unchanged(self, record: DirtyPath) -> bool:
+        """Not of a file that is open: it may be changed right after the look."""
+        if record.base is None or self._is_open(record.path):
+            return False
+        return await self._holds_same(record, record.base)
 
     async def _holds_same(self, record: DirtyPath, current: IndexEntry) -> bool:
         """Two machines that wrote the same bytes do not conflict (lesson 4: compare content, not times)."""
@@ -334,11 +347,11 @@ class Pusher:
             content, mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, take)
             if content == source and await self.room.make_room(size):
                 content, mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, take)
-            if not self._is_newest(record):
+            if not self._journal.is_newest(record):
                 return None  # changed since the seal: the copy may be of half a change
             self._journal.note_sent(record, size, sha256)
             info = await self._remote.put(key, content, when)
-            if content == source and not self._is_newest(record):
+            if content == source and not self._journal.is_newest(record):
                 return None  # the object may be of half a change: the newer record replaces it
             posix = self._posix(record.path, mtime_ns)
             return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix)
@@ -351,13 +364,9 @@ class Pusher:
             if os.path.lexists(staged):
                 os.unlink(staged)
 
-    def _is_newest(self, record: DirtyPath) -> bool:
-        newest = self._journal.get(record.path)
-        return newest is not None and newest.generation == record.generation
-
     def _lost(self, record: DirtyPath) -> None:
         """There is nothing to upload. If no newer record explains it, the content is gone: say so, do not ask again."""
-        if not self._is_newest(record):
+        if not self._journal.is_newest(record):
             return
         self._journal.forget(record.path)
         node = self._catalog.at(record.path)

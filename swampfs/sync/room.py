@@ -6,6 +6,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_PLENTY = 1 << 62
+
 
 def is_full(error: OSError) -> bool:
     """Whether there is no room left on the disk, or in the quota."""
@@ -14,6 +16,10 @@ def is_full(error: OSError) -> bool:
 
 class Room:
     """Without a limit; see :class:`swampfs.fs.cache_limit.CacheLimit`."""
+
+    def spare(self) -> int:
+        """How many bytes may come without anything going for them."""
+        return _PLENTY
 
     def came(self, size: int) -> None:
         """So many bytes of content are here that were not before."""

@@ -20,6 +20,7 @@ from swampfs.records import IndexMode, Node, PushReport, TreeChange, timestamp
 from swampfs.state.cache_dir import CacheDir
 from swampfs.state.catalog import Catalog
 from swampfs.state.journal import Journal
+from swampfs.state.schema import is_disk_full
 from swampfs.state.sidecar import Sidecar
 from swampfs.sync.directories import Directories, Found
 from swampfs.sync.hydrate import Hydrator
@@ -40,6 +41,8 @@ MakeLock = Callable[[str, Callable[[str, str | None], None]], Lock]
 """Makes the lock of a key; the second argument is told what is about to be held, and what no longer is."""
 
 _AT_ONCE = 8
+_BOOT = "boot"  # during which the last mount ran, or
+_ENDED = "ended"  # in order, with everything on the disk
 _PROVEN = "preconditions_proven"
 _EXCLUSIVE_PROVEN = "exclusive_create_proven"
 
@@ -110,7 +113,15 @@ class SyncService:
 
     def lock(self, key: str) -> Lock:
         """The lock of a key, given back by the next process should this one die with it."""
-        return self._make_lock(key, self.catalog.note_lock)
+        return self._make_lock(key, self._note_lock)
+
+    def _note_lock(self, key: str, nonce: str | None) -> None:
+        try:
+            self.catalog.note_lock(key, nonce)
+        except Exception as error:
+            if nonce is not None or not is_disk_full(error):
+                raise
+            self.room.databases_need_room()  # it is given back all the same: a note too many harms nobody
 
     async def _prove_exclusive(self, lock: Lock) -> None:
         """Once per state directory, with a lock in hand: see that creating it twice is refused."""
@@ -142,6 +153,11 @@ class SyncService:
         self.hydrator.room = self._pusher.room = room
 
     def close(self) -> None:
+        """The end of a mount: nothing of what was under way or had lost its name takes room until the next."""
+        self.cache.clear_staging()
+        if self.journal.fact(_BOOT) is not None:
+            self.cache.sync()  # also what was pushed or fetched: the next mount believes it
+            self.journal.set_fact(_BOOT, _ENDED)
         self.catalog.close()
         self.journal.close()
 
@@ -161,7 +177,10 @@ class SyncService:
         except Exception as error:
             if not (known and getattr(error, "retryable", False)):
                 raise
-        pending = replay(self.catalog, self.cache, self.journal, self.sidecar)
+        boot = _boot_id()
+        machine_died = self.journal.fact(_BOOT) not in (None, boot, _ENDED)
+        pending = replay(self.catalog, self.cache, self.journal, self.sidecar, machine_died=machine_died)
+        self.journal.set_fact(_BOOT, boot)
         if pending:
             self.sidecar.mark_bulk()
         else:
@@ -238,3 +257,9 @@ class SyncService:
 
 async def _nothing() -> None:
     return
+
+
+def _boot_id() -> str:
+    """Another one whenever this machine was started anew."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

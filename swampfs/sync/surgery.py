@@ -15,7 +15,7 @@ from swampfs.errors import IndexCorruptError, IntegrityError, NamespaceError, Pr
 from swampfs.names import SYNCED_DIRECTORIES, Keyspace, RelPath, is_publishable
 from swampfs.provider import ABSENT, RemoteIndex
 from swampfs.records import IndexEntry, Watermark
-from swampfs.sync.hydrate import hash_file
+from swampfs.sync.hashing import hash_file
 from swampfs.sync.parallel import for_each
 from swampfs.sync.remote import Remote
 from swampfs.threads import Lane

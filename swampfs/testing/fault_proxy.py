@@ -20,10 +20,10 @@ class Fault(Enum):
 
     REFUSED = "connections are refused"
     BLACK_HOLE = "requests are swallowed and never answered"
-    HALF_OPEN = "what was connected stays so, and nothing passes any more"
+    HALF_OPEN = "what was connected stays so, and nothing passes any more, also when all else is well again"
     RESET_BEFORE = "the connection is reset before the store sees the request"
     RESET_AFTER = "the store applies the request, and the connection is reset before the answer"
-    LATE = "every answer comes half a second late"
+    LATE = "every answer comes three tenths of a second late"
     NARROW = "answers come at 20 kB a second"
     DRIBBLE = "answers come a byte at a time, four times a second"
     UNAVAILABLE = "503 Slow Down"
@@ -43,7 +43,7 @@ _REFUSALS = {
     Fault.DENIED: (403, "AccessDenied"),
 }
 _ENDS = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError)  # of a connection
-_LATE_S = 0.5
+_LATE_S = 0.3
 _NARROW_BYTES = 2000  # each tenth of a second
 _DRIBBLE_S = 0.25
 
@@ -86,8 +86,9 @@ class FaultProxy:
 
     def set(self, fault: Fault | None) -> None:
         """From now on. What stands of connections is reset, unless the fault is that it stands."""
+        keeps = Fault.HALF_OPEN in (self.fault, fault)
         self.fault = fault
-        self._loop.call_soon_threadsafe(self._change)
+        self._loop.call_soon_threadsafe(self._change, keeps)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stopped.set)
@@ -110,8 +111,8 @@ class FaultProxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _change(self) -> None:
-        if self.fault is not Fault.HALF_OPEN:
+    def _change(self, keeps_connections: bool) -> None:
+        if not keeps_connections:
             self._reset()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -140,7 +141,7 @@ class FaultProxy:
         request = await _request(reader, writer)
         fault = self.fault if self.matches(request.method, request.target) else None
         if fault in (Fault.BLACK_HOLE, Fault.HALF_OPEN):
-            await self._changed.wait()
+            await (self._stopped if fault is Fault.HALF_OPEN else self._changed).wait()
             return False
         if fault is Fault.RESET_BEFORE:
             return False

@@ -38,6 +38,7 @@ class FaultyStore:
         self._inner = inner
         self.name = inner.name
         self.label = inner.label
+        self.authenticated = inner.authenticated
         self.faults: list[Fault] = []
 
     def _run(self, operation: str, key: str, fn: Callable[[], T]) -> T:
@@ -57,6 +58,9 @@ class FaultyStore:
 
     def download(self, key: str, target: str) -> ObjectInfo:
         return self._run("download", key, lambda: self._inner.download(key, target))
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        return self._run("part", key, lambda: self._inner.part(key, offset, size, etag=etag))
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._run("put", key, lambda: self._inner.put(key, body, when))

@@ -16,6 +16,7 @@ class MemoryStore:
     """:class:`~swampfs.provider.ObjectStore` over a dict. Thread-safe; shared by the machines of a test."""
 
     label = "memory"
+    authenticated = True
 
     def __init__(self, name: str = "memory://") -> None:
         self.name = name
@@ -39,6 +40,13 @@ class MemoryStore:
         with open(target, "wb") as file:
             file.write(body)
         return info
+
+    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+        with self._lock:
+            body, info = self._found(key)
+        if etag and etag != info.etag:
+            raise PreconditionError(f"{self.name}/{key} is another version")
+        return Blob(body[offset : offset + size], info)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         if isinstance(body, str):

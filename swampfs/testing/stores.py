@@ -55,10 +55,25 @@ class ObjectStoreSuite:
         assert target.read_bytes() == source.read_bytes()
         assert (got.size, got.etag) == (info.size, info.etag)
 
+    def test_a_part_is_read_without_the_rest_and_of_one_version_only(self, store: ObjectStore) -> None:
+        body = bytes(range(256)) * 1000
+        first = store.put("parts", body)
+        for offset, size in ((0, 1), (1000, 70_000), (len(body) - 5, 5)):
+            part = store.part("parts", offset, size, etag=first.etag)
+            assert part.body == body[offset : offset + size]
+            assert part.info.etag == first.etag
+        part = store.part("parts", 0, 10)
+        assert (part.body, part.info.size, part.info.etag) == (body[:10], len(body), first.etag)
+        assert store.part("parts", len(body) - 5, 100).body == body[-5:], "what there is of it"
+        store.put("parts", body[::-1])
+        with pytest.raises(PreconditionError):
+            store.part("parts", 0, 10, etag=first.etag)
+
     def test_absence_is_a_definite_answer(self, store: ObjectStore, tmp_path: Path) -> None:
         for call in (
             lambda: store.get("none"),
             lambda: store.head("none"),
+            lambda: store.part("none", 0, 1),
             lambda: store.download("none", str(tmp_path / "none")),
         ):
             with pytest.raises(AbsentError):

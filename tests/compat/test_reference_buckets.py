@@ -51,7 +51,7 @@ def test_a_reference_bucket_shows_exactly_its_files(reference, name, namespace, 
     scenario = reference / name
     bucket.load(scenario / "bucket")
     machine = fleet.machine(env=bucket.env)
-    machine.mount(bucket.url, *(["--namespace", namespace] if namespace else []))
+    machine.mount(bucket.url, "--prefetch", "off", *(["--namespace", namespace] if namespace else []))
 
     want = expected(scenario, namespace)
     shown = {str(Path(d, n).relative_to(machine.path)) for d, _, names in os.walk(machine.path) for n in names}

@@ -85,6 +85,16 @@ class AppendsDownloads(MemoryStore):
         return info
 
 
+class PartsOfAnyVersion(MemoryStore):
+    def part(self, key, offset, size, *, etag=""):
+        return super().part(key, offset, size)
+
+
+class PartsAreTheWhole(MemoryStore):
+    def part(self, key, offset, size, *, etag=""):
+        return super().part(key, 0, 1 << 30, etag=etag)
+
+
 class InventsAbsent(MemoryStore):
     def get(self, key, *, unless=""):
         try:
@@ -164,9 +174,9 @@ class RacesOnCreate(MemoryStore):
 
 MUTANTS = [
     IgnoresAbsent, IgnoresEtagOnPut, CreatesWithAnEtag, IgnoresEtagOnDelete, DeletesNothing, MissesMissingOnDelete,
-    ForgetsUnless, AlwaysUnchanged, TruncatesBodies, TruncatesDownloads, AppendsDownloads, InventsAbsent,
-    CallsAbsenceAnError, WrongSize, WrongEtag, NoTimes, FirstPageOnly, UnorderedListing, IgnoresPrefix,
-    ListsWithoutEtags, ForgetsPaths, NormalisesKeys, NeverThere, RacesOnCreate,
+    ForgetsUnless, AlwaysUnchanged, TruncatesBodies, TruncatesDownloads, AppendsDownloads, PartsOfAnyVersion,
+    PartsAreTheWhole, InventsAbsent, CallsAbsenceAnError, WrongSize, WrongEtag, NoTimes, FirstPageOnly,
+    UnorderedListing, IgnoresPrefix, ListsWithoutEtags, ForgetsPaths, NormalisesKeys, NeverThere, RacesOnCreate,
 ]  # fmt: skip
 
 

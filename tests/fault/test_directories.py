@@ -63,7 +63,7 @@ async def machine(store, home):
         fs = FileSystem(
             plain.sync,
             plain.fs._local,
-            owner=plain.fs._owner,
+            owner=plain.fs.owner,
             read_only=False,
             on_dirty=lambda path: None,
             invalidate=lambda changes: None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import trio
 
@@ -142,3 +145,48 @@ def test_a_commit_during_the_reading_of_shards_is_never_seen_in_part(store, tmp_
             assert all(node.residency is Residency.CLEAN for node in a.sync.catalog.files_below(""))
 
     run(main)
+
+
+class Registry:
+    """A kernel that reads files of this machine by itself, as far as the table of handles can tell."""
+
+    def __init__(self):
+        self.numbers = set()
+
+    def register(self, fd):
+        self.numbers.add(fd)
+        return fd
+
+    def unregister(self, number):
+        self.numbers.remove(number)
+
+
+def test_an_open_for_writing_that_fails_beside_a_reader_leaves_nothing_open(store, tmp_path, monkeypatch):
+    body = b"large" * 100_000
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            kernel = a.fs.files.handles.backing = Registry()
+            await a.write("audit/large", body)
+            await a.push()
+            reader = await a.fs.open(a.ino("audit/large"), os.O_RDONLY, 0)
+            assert len(kernel.numbers) == 1
+            descriptors = len(os.listdir("/proc/self/fd"))
+            with monkeypatch.context() as full:
+                full.setattr(a.sync, "mark_dirty", no_room)
+                for _ in range(5):
+                    with pytest.raises(OSError, match="No space"):
+                        await a.fs.open(a.ino("audit/large"), os.O_RDWR, 0)
+            assert len(a.fs.files.handles) == 1
+            assert len(os.listdir("/proc/self/fd")) == descriptors
+            a.fs.files.release(reader)
+            assert not kernel.numbers
+            await a.write("audit/large", body[::-1])
+            assert (await a.push()).pushed == 1
+            assert store.get("audit/large").body == body[::-1]
+
+    run(main)
+
+
+def no_room(node):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

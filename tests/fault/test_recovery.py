@@ -11,10 +11,11 @@ import trio
 
 from swampfs.backends.filesystem import FilesystemStore
 from swampfs.errors import StoreError
+from swampfs.sync.replay import replay
 from swampfs.testing.faults import Fault, FaultyStore, When
 from swampfs.testing.memory import MemoryStore
 from tests.datastores import check_bucket
-from tests.engine import Store, load, machine
+from tests.engine import CALLER, Store, load, machine
 
 FILES = {"audit/a": b"a", "files/a": b"1", "files/b": b"2"}
 
@@ -368,3 +369,17 @@ def test_an_entry_without_hash_whose_object_is_gone_does_not_block_a_push(tmp_pa
             assert kept == [b"mine"]
 
     run(main)
+
+
+def test_a_symbolic_link_whose_mark_a_power_cut_took_is_published_as_the_catalog_has_it(store, tmp_path):
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            parent, name = a.parent("files/link")
+            await a.fs.symlink(parent, name, "to/there", CALLER)
+            a.sync.journal.forget("files/link")
+            os.truncate(tmp_path / "a/files/files/link", 0)
+            replay(a.sync.catalog, a.sync.cache, a.sync.journal, a.sync.sidecar, machine_died=True)
+            await a.push()
+
+    run(main)
+    assert check_bucket(Store(store))["files/link"] == b"to/there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -124,3 +125,92 @@ def test_a_bad_cache_size_is_a_usage_error(text, datastore, fleet):
     done = fleet.machine("a", datastore.env).mount(datastore.url, "--cache-size", text, check=False)
     assert done.returncode == 1
     assert "is not a size" in done.stderr
+
+
+@pytest.fixture
+def filler(small_disk):
+    """Takes what is left of the disk each time it is called; ``give_back`` frees it."""
+    path = small_disk / "filler"
+
+    class Filler:
+        def fill(self):
+            with open(path, "ab", buffering=0) as file:
+                for size in (1 << 16, 1 << 12, 1):  # to the last page
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(b"f" * size)
+
+        def give_back(self):
+            path.unlink()
+
+    return Filler()
+
+
+CHANGES = {
+    "journal and catalog": lambda root, number: (root / f"files/new-{number}").touch(),
+    "catalog": lambda root, number: (root / f"outputs/{number}").mkdir(),
+    "journal": lambda root, number: (root / "files/05").chmod(0o600 + number % 2),
+}
+MANY = 4000
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_disk_without_a_page_left_is_enospc_to_a_change_of_the_databases_and_loses_none(
+    what, datastore, fleet, small_disk, filler
+):
+    a = fleet.machine("a", datastore.env, options=("--push-delay", "1h", "--refresh", "200ms"))
+    a.state_dir = small_disk / "state"
+    a.mount(datastore.url)
+    (a.path / "outputs").mkdir()
+    (a.path / "files/kept").write_bytes(b"kept")
+    held = open(a.path / "files/held", "wb", buffering=0)  # noqa: SIM115
+    held.write(b"held")
+    done = []
+    for attempt in range(2):  # the second time with nothing kept for the databases
+        with pytest.raises(OSError) as caught:
+            for number in range(attempt * MANY, (attempt + 1) * MANY):
+                if number % 20 == 0:  # whatever became free meanwhile
+                    filler.fill()
+                CHANGES[what](a.path, number)
+                done.append(number)
+        assert caught.value.errno == errno.ENOSPC
+        assert (a.path / "files/kept").read_bytes() == b"kept", "what is here can be read"
+        assert a.status()["pid"] == a.pid(), "and it goes on"
+        if what == "catalog":  # nothing is pending there
+            wait_for(lambda: "outputs" not in str(a.status()["locks"]), "locks are given back, also now")
+            assert not [key for key in datastore.keys() if key.endswith("outputs.lock")]
+    held.close()
+    assert (a.path / "files/held").read_bytes() == b"held", "though its size could not be noted"
+    filler.give_back()
+    CHANGES[what](a.path, -1)
+    a.flush()
+    left = {**dict(FILES), "files/kept": b"kept", "files/held": b"held"}
+    if what == "journal and catalog":
+        left |= {f"files/new-{number}": b"" for number in (*done, -1)}
+    if what == "catalog":
+        assert set(os.listdir(a.path / "outputs")) == {str(number) for number in (*done, -1)}
+    a.umount()
+    a.mount(datastore.url)
+    assert {str(path.relative_to(a.path)) for path in a.path.rglob("*") if path.is_file()} == set(left)
+    assert check_bucket(datastore) == left
+
+
+def test_what_others_change_while_the_disk_is_full_is_seen_when_there_is_room_again(
+    datastore, fleet, small_disk, filler
+):
+    options = ("--push-delay", "100ms", "--refresh", "200ms")
+    a, b = (fleet.machine(name, datastore.env, options=options) for name in "ab")
+    a.state_dir = small_disk / "state"
+    for machine in (a, b):
+        machine.mount(datastore.url)
+    for attempt in range(2):
+        filler.fill()
+        for number in range(300):
+            (b.path / f"files/from-b-{attempt}-{number:03}-{'x' * 150}").touch()
+        b.flush()
+    wait_for(lambda: not a.status()["healthy"], "it says that it cannot follow")
+    assert "full" in a.status()["lastError"]
+    assert len(os.listdir(a.path / "files")) >= len(FILES), "what it knows is there"
+    filler.give_back()
+    wait_for(lambda: len(os.listdir(a.path / "files")) == len(FILES) + 600, "with room again, it follows")
+    assert a.status()["healthy"]

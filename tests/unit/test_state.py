@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 
 import pytest
 
@@ -24,6 +25,7 @@ from swampfs.state.apply import apply_delta
 from swampfs.state.cache_dir import CacheDir
 from swampfs.state.catalog import Catalog
 from swampfs.state.journal import Journal
+from swampfs.state.schema import is_disk_full
 from swampfs.state.sidecar import Sidecar
 
 A, B = RelPath("audit/a"), RelPath("audit/b")
@@ -201,9 +203,12 @@ def test_state_of_the_version_before_is_brought_up_to_date(tmp_path):
     for trigger in ("directory_made", "directory_removed", "directory_moved"):
         catalog.db.execute(f"DROP TRIGGER {trigger}")
     catalog.db.execute("DROP INDEX node_shared")
+    catalog.db.execute("DROP INDEX node_place")
     for column in ("base_posix", "target", "rdev", "atime_ns", "links", "blocks", "place", "shared"):
         catalog.db.execute(f"ALTER TABLE node DROP COLUMN {column}")
-    journal._db.execute("ALTER TABLE dirty DROP COLUMN base_posix")
+    for column in ("base_posix", "synced"):
+        journal._db.execute(f"ALTER TABLE dirty DROP COLUMN {column}")
+    journal._db.execute("DROP TABLE fact")
     for db in (catalog.db, journal._db):
         db.execute("PRAGMA user_version=1")
     catalog.close()
@@ -215,3 +220,32 @@ def test_state_of_the_version_before_is_brought_up_to_date(tmp_path):
     assert found["f"].mode == 0o640 and "f" in journal
     catalog.close()
     journal.close()
+
+
+def test_a_rename_that_could_not_be_announced_leaves_the_journal_as_it_was(tmp_path):
+    journal = Journal(f"{tmp_path}/journal.db")
+    journal.mark_write(RelPath("a"), None, None)
+    journal.note_synced("a", "scratch.tmp")
+    (sealed,) = journal.seal(["a"])
+    refusal = "BEFORE INSERT ON dirty WHEN NEW.path = 'b' BEGIN SELECT RAISE(ABORT, ''); END"
+    journal._db.execute(f"CREATE TRIGGER refuse {refusal}")
+    a, b = (DirtyPath(RelPath(name), Op.WRITE, 0, None, None) for name in "ab")
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.mark_rename(RelPath("a"), RelPath("b"), [(a, b)])
+    assert journal.is_synced("a") and journal.is_synced("scratch.tmp")
+    journal.mark_write(RelPath("a"), None, None)  # written while its push is under way
+    assert journal.retire([(sealed, None, None)]) == set(), "so it is pushed again"
+    journal.close()
+
+
+def test_a_full_disk_in_a_transaction_is_told_as_that_and_leaves_none_open(tmp_path):
+    catalog = Catalog(f"{tmp_path}/catalog.db")
+    pages = catalog.db.execute("PRAGMA page_count").fetchone()[0]
+    catalog.db.execute(f"PRAGMA max_page_count={pages + 2}")
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        for number in range(10_000):
+            with catalog.transaction():
+                catalog.set_fact(f"fact-{number}", "x" * 100)
+    assert is_disk_full(caught.value)
+    assert not catalog.db.in_transaction
+    catalog.close()

@@ -1,0 +1,64 @@
+"""What can be done without a wait: operations of :class:`FileSystem` that are plain functions, when they can be.
+
+``None`` is the answer where something may have to be waited for, a lock, content, room on the disk; it has changed
+nothing then, and the ``async`` operation of the same name does it.
+"""
+
+from __future__ import annotations
+
+from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, as_stored
+from swampfs.fs.handles import CHANGING
+from swampfs.fs.vfs import FileSystem
+from swampfs.fs.views import VIEW_BASE
+from swampfs.records import Change, Residency
+
+
+class Immediate:
+    """Of one mount. Raises what the operations of :class:`FileSystem` raise."""
+
+    def __init__(self, fs: FileSystem) -> None:
+        self._fs = fs
+
+    def open(self, ino: int, flags: int, pid: int) -> int | None:
+        """Handle of a file whose content is here, and whose lock is, if it is opened for writing."""
+        fs = self._fs
+        if ino >= VIEW_BASE or fs.close_to_open is not None or (flags & CHANGING and fs.is_read_only):
+            return None
+        return fs.files.open_now(fs.inodes.resolve(ino), flags, pid)
+
+    def create(self, parent: int, name: str, mode: int, flags: int, caller: Caller) -> tuple[int, Attributes] | None:
+        """Handle and attributes of a file that nobody made meanwhile."""
+        fs = self._fs
+        if fs.lock_path(parent, name) is not None:
+            return None
+        directory, path = fs.place(parent, name)
+        if directory is not None and (
+            not fs.guard.lets(path) or fs.sync.catalog.child(directory.ino, name) is not None
+        ):
+            return None
+        return fs.make(directory, path, mode, flags, caller)
+
+    def write(self, number: int, offset: int, data: memoryview) -> int | None:
+        """Bytes that were written, which may be fewer."""
+        return self._fs.files.write_now(number, offset, data)
+
+    def setattr(self, ino: int, change: Change) -> Attributes | None:
+        """Of a file of the datastore; its size only where the content is here and surely whole."""
+        fs = self._fs
+        ino = fs.inodes.resolve(ino)
+        if fs.is_read_only or ino >= LOCAL_BASE or ino in fs.inodes.orphans:
+            return None
+        node = fs.sync.catalog.node(ino)
+        if node is None or node.is_dir:
+            return None
+        if change.size is not None:
+            if node.residency is not Residency.DIRTY or node.links > 1 or not fs.guard.lets(node.path):
+                return None
+            fs.files.truncate(node, change.size)
+        fs.tree.set_attributes(node, as_stored(change, fs.owner))
+        return fs.getattr(ino)
+
+    def is_listing_cacheable(self, ino: int) -> bool:
+        """Whether the kernel may keep what it reads of a directory: nothing appears in it without its being told."""
+        locks = self._fs.locks
+        return ino < VIEW_BASE and (locks is None or not locks.shows_any())

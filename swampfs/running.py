@@ -1,0 +1,221 @@
+"""A running mount as commands and signals reach it: what it says of itself, and what it can be asked to do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from swampfs import __version__
+from swampfs.datastore import Datastore
+from swampfs.errors import UsageError
+from swampfs.foreign import ForeignNamespaces
+from swampfs.fs.attributes import Owner
+from swampfs.fs.cache_limit import CacheLimit
+from swampfs.fs.keeping import Keeping
+from swampfs.fs.prefetch import Prefetch
+from swampfs.fs.refresh import Refresh
+from swampfs.fs.scrub import Scrub
+from swampfs.fs.vfs import FileSystem
+from swampfs.fs.views import Views, document, lines, records
+from swampfs.fs.writeback import Writeback
+from swampfs.fs.xattrs import PREFIX, Xattrs
+from swampfs.names import RelPath, lease_path, rel_path
+from swampfs.settings import MountSettings
+from swampfs.sync.service import SyncService
+
+
+@dataclass(slots=True)
+class Mount:
+    """The parts of a running mount that commands and signals reach."""
+
+    settings: MountSettings
+    datastore: Datastore
+    sync: SyncService
+    fs: FileSystem
+    writeback: Writeback
+    refresh: Refresh
+    cache: CacheLimit
+    scrub: Scrub
+    keeping: Keeping
+    prefetch: Prefetch
+    about: Xattrs
+    foreign: ForeignNamespaces | None
+    started_at: float = field(default_factory=time.monotonic)
+    stop: trio.Event = field(default_factory=trio.Event)
+    upcalls: Callable[[], dict[str, Any]] | None = None
+    """Set where the kernel's requests are counted: with the fast lane."""
+
+    def status(self) -> dict[str, Any]:
+        """``status --json``; from memory and the local catalog only."""
+        totals = self.sync.catalog.totals()
+        pending = self.writeback.pending()
+        watermark = self.sync.catalog.watermark()
+        silent_s = self._silent_s()
+        error = self.refresh.last_error or self.writeback.last_error
+        if error is None and silent_s is not None:
+            error = f"the datastore has not answered for {silent_s:.0f} s"
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "mountpoint": str(self.settings.mountpoint),
+            "source": self.settings.source.url,
+            "namespace": self.settings.source.namespace or None,
+            "stateDir": str(self.settings.state_dir),
+            "readOnly": self.settings.read_only,
+            "healthy": error is None,
+            "backend": self.settings.source.backend.value,
+            "index": {"mode": watermark.mode.value, "commitSeq": watermark.commit_seq},
+            "latencyMs": self.datastore.trace.last_latency_ms,
+            "requests": dict(self.datastore.trace.counts),
+            "tasks": trio.lowlevel.current_statistics().tasks_living,
+            "upcalls": None if self.upcalls is None else self.upcalls(),
+            "threadHops": self.datastore.remote.threads.hops,
+            "files": totals["files"],
+            "bytes": totals["bytes"],
+            "hydrated": totals["clean"] + totals["dirty"],
+            "dirty": len(pending),
+            "pending": [self._shown(path) for path in pending[:100]],
+            "locks": self.sync.leases.as_json(),
+            "lostLocks": self.sync.leases.lost,
+            "offline": self.sync.leases.reach.lost_since is not None or silent_s is not None,
+            "conflicts": len(self.sync.cache.conflicts()),
+            "findings": [
+                finding._replace(path=self._shown(finding.path))._asdict()
+                for finding in self.sync.catalog.findings()[:100]
+            ],
+            "openFiles": len(self.fs.files.handles),
+            "cache": {"bytes": self.cache.used, "limit": self.cache.limit, "evicted": self.cache.evicted},
+            "pinned": self.keeping.pins,
+            "prefetch": self.prefetch.as_json(),
+            "scrub": self.scrub.as_json(),
+            "lastError": error,
+            "refreshAgeMs": self.refresh.age_ms(),
+            "visibilityMs": self.sync.visibility.as_json(),
+            **({"namespaces": self.foreign.as_json()} if self.foreign is not None else {}),
+            "uptimeS": round(time.monotonic() - self.started_at, 1),
+        }
+
+    def _silent_s(self) -> float | None:
+        since = self.datastore.circuit.open_since
+        return None if since is None else time.monotonic() - since
+
+    def views(self, owner: Owner) -> Views:
+        """``.swampfs/``: the same as ``status``, as files."""
+        return Views(
+            owner,
+            {
+                "status.json": lambda: document(self.status()),
+                "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
+                "locks": lambda: records(self.sync.leases.as_json()),
+                "errors": lambda: lines(
+                    [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
+                ),
+            },
+        )
+
+    def _shown(self, path: str) -> str:
+        """A path of the bound namespace, as this mount shows it."""
+        return path if self.foreign is None else f"{self.settings.source.namespace}/{path}"
+
+    def _own_paths(self, paths: Sequence[str] | None) -> list[RelPath] | None:
+        """Of paths below the mount point, those of the bound namespace, as that names them; ``None`` = all."""
+        if paths is None:
+            return None
+        checked = [rel_path(path) if path else RelPath("") for path in paths]
+        if self.foreign is None:
+            return checked
+        own = self.settings.source.namespace
+        return [
+            RelPath(path.removeprefix(own).removeprefix("/"))
+            for path in checked
+            if path in ("", own) or path.startswith(f"{own}/")
+        ]
+
+    def _named(self, message: Mapping[str, Any]) -> list[RelPath]:
+        """The paths of a command, each of which must be there. Raises UsageError."""
+        named = self._own_paths(message["paths"]) or []
+        if len(named) < len(message["paths"]):
+            raise UsageError("that is in another namespace", remedy="name paths of the bound one")
+        for path in named:
+            if self.sync.catalog.at(path) is None:
+                raise UsageError(f"{path} is not in the datastore")
+        return named
+
+    def info(self, path: RelPath) -> dict[str, Any]:
+        """What is known of a file or directory of the datastore, from memory and the local catalog only."""
+        node = self.sync.catalog.at(path)
+        assert node is not None
+        lock = lease_path(path)
+        known = {name.removeprefix(PREFIX): value for name, value in self.about.of(node.ino).items()}
+        holders = [one for one in self.sync.leases.as_json() if one["lock"] == lock]
+        return {
+            "path": self._shown(path),
+            "kind": node.kind.name.lower(),
+            **known,
+            "size": node.size,
+            "partition": node.partition,
+            "remoteModifiedAt": node.base.last_modified if node.base is not None else None,
+            "pinned": self.keeping.is_pinned(path),
+            "lock": lock,
+            "lockHolder": holders[0] if holders else None,
+        }
+
+    def commands(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
+        async def status(_: Mapping[str, Any]) -> dict[str, Any]:
+            return self.status()
+
+        async def flush(message: Mapping[str, Any]) -> dict[str, Any]:
+            wanted = self._own_paths(message.get("paths"))
+            # Read-only, what an earlier mount left in the journal waits for one that may push.
+            if wanted != [] and not self.settings.read_only:
+                await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
+                await self.sync.leases.give_back_idle()
+            return {"pending": len(self.writeback.pending())}
+
+        async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:
+            await self.refresh.once()
+            if self.foreign is not None:
+                await self.foreign.refresh()
+            return {"refreshAgeMs": self.refresh.age_ms(), "lastError": self.refresh.last_error}
+
+        async def conflicts(_: Mapping[str, Any]) -> dict[str, Any]:
+            found = self.sync.cache.conflict_reports()
+            return {"conflicts": [{**one, "path": self._shown(one["path"])} for one in found]}
+
+        async def drop_conflict(message: Mapping[str, Any]) -> dict[str, Any]:
+            self.sync.cache.drop_conflict(str(message["id"]))
+            return {"conflicts": len(self.sync.cache.conflicts())}
+
+        async def hydrate(message: Mapping[str, Any]) -> dict[str, Any]:
+            return await self.keeping.hydrate(self._named(message))
+
+        async def evict(message: Mapping[str, Any]) -> dict[str, Any]:
+            return self.keeping.evict(self._named(message))
+
+        async def pin(message: Mapping[str, Any]) -> dict[str, Any]:
+            return await self.keeping.pin(self._named(message))
+
+        async def unpin(message: Mapping[str, Any]) -> dict[str, Any]:
+            return self.keeping.unpin(self._named(message))
+
+        async def info(message: Mapping[str, Any]) -> dict[str, Any]:
+            (path,) = self._named(message)
+            return self.info(path)
+
+        return {
+            "status": status,
+            "hydrate": hydrate,
+            "evict": evict,
+            "pin": pin,
+            "unpin": unpin,
+            "info": info,
+            "flush": flush,
+            "refresh": refresh,
+            "conflicts": conflicts,
+            "drop_conflict": drop_conflict,
+        }
