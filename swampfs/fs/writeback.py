@@ -129,6 +129,8 @@ class Writeback:
     async def flush(self, paths: Iterable[str] | None, timeout_s: float, *, even_open: bool = False) -> None:
         """Return when the given paths (files or directories; ``None`` = all) are committed.
 
+        Of all, it returns when the push is over to its last step: then no lock is needed for it any more.
+
         Files open for writing are an error, unless ``even_open``: then what they hold now is published.
         Raises PushPendingError with the last error when they are not within the time, or are still open for writing.
         """
@@ -151,10 +153,20 @@ class Writeback:
                     )
                 if left:
                     await trio.sleep(_FLUSH_RETRY_S)
-        if scope.cancelled_caught:
-            left = self._left(wanted)
+            if wanted is None or "" in wanted:
+                await self._settled()
+        if scope.cancelled_caught and (left := self._left(wanted)):
             why = f": {self.last_error}" if self.last_error else ""
             raise PushPendingError(f"{len(left)} change(s) are not pushed after {timeout_s:g} s{why}")
+
+    async def _settled(self) -> None:
+        """Nothing waits for a push. Return when none is under way either."""
+        groups = {lease_path(path) for path in self.pending()}
+        for group in self._due.keys() - groups:  # to look at it again, what is not to be looked at any more
+            del self._due[group]
+            self._first.pop(group, None)
+        while self._pushing and not self.pending():
+            await self._round_done.wait()
 
     def _is_unfinished(self, path: str) -> bool:
         """Somebody who asks for a push now wants what is under a lock, too."""

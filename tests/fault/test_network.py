@@ -186,3 +186,17 @@ def test_a_lock_that_could_not_be_given_back_is_given_back_when_the_store_answer
     if then == "unmount":
         machine.umount()
     wait_for(lambda: not locks(), "they are gone", timeout_s=12)
+
+
+@pytest.mark.parametrize("lock", ["datastore", "files"])
+def test_after_a_flush_that_met_the_end_of_a_push_no_lock_is_left(machine, proxy, bucket, lock):
+    """The global lock is given back by the push, that of the directory after it."""
+    proxy.matches = lambda method, target: method == "DELETE" and f"{lock}.lock" in target
+    proxy.set(Fault.UNAVAILABLE)
+    (machine.path / "files/new").write_text("new")
+    wait_for(lambda: machine.status()["pending"] == [], "it is published")
+    if lock == "files":
+        wait_for(lambda: machine.status()["locks"] == [], "it is being given back")
+    threading.Timer(0.7, proxy.set, [None]).start()
+    machine.flush()
+    assert [key for key in bucket.keys() if key.endswith(".lock")] == []

@@ -172,6 +172,7 @@ def test_a_client_that_knows_no_attributes_sees_plain_files_and_keeps_what_it_do
     assert entries["files/l"]["size"] == 6 and entries["files/l"]["posix"]["link"] == "target"
     assert entries[RAW]["posix"]["mode"] == 0o755
     wait_for(lambda: os.path.islink(b.path / "files/l"), "the link arrives")
+    wait_for(lambda: stat.S_IMODE(os.stat(b.path / RAW).st_mode) == 0o755, "the mode arrives")
     # Another client replaces the file: its entry has no such field.
     files = [(path, body) for path, body in check_bucket(datastore).items() if path not in (RAW, "files/l")]
     load_monolith(datastore, [*files, (RAW, b"newer"), ("files/l", b"no link any more")])
