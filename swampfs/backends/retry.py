@@ -1,8 +1,9 @@
 """Retries as a decorator of the store port (spec §10.1): 3 attempts, about 0.5 s and 1.5 s apart.
 
 Only errors whose class says so are retried, and not once the caller's signal is raised: it also ends a pause at once.
-A retried put whose first attempt was applied may answer
-``PreconditionError``; callers with preconditions re-read and recognise their own bytes (H28).
+Who met such an error waits some seconds for the end of an outage, too; only who comes during it is sent away at once.
+A retried put whose first attempt was applied may answer ``PreconditionError``; callers with preconditions re-read and
+recognise their own bytes (H28).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity import RetryCallState, Retrying, retry_if_exception
 
-from swampfs.errors import AbsentError, PreconditionError, StoreError
+from swampfs.errors import AbsentError, CircuitOpenError, PreconditionError, StoreError
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
 from swampfs.threads import abort_signal
 
 T = TypeVar("T")
+
+_OUTAGE_S = 5.0  # that whoever met a failure before it waits for its end
 
 
 class RetryingStore:
@@ -29,17 +32,25 @@ class RetryingStore:
         self.name = inner.name
         self.label = inner.label
         self.authenticated = inner.authenticated
+        self._attempts = attempts
         self._first_pause_s = first_pause_s
         self._retrying = Retrying(
-            stop=stop_after_attempt(attempts),
+            stop=self._is_enough,
             wait=self._pause_s,
             sleep=_sleep,
-            retry=retry_if_exception(lambda error: isinstance(error, StoreError) and error.retryable),
+            retry=retry_if_exception(
+                lambda error: isinstance(error, StoreError) and (error.retryable or isinstance(error, CircuitOpenError))
+            ),
             reraise=True,
         )
 
+    def _is_enough(self, state: RetryCallState) -> bool:
+        if _met_outage(state):
+            return (state.seconds_since_start or 0.0) >= _OUTAGE_S
+        return state.attempt_number >= self._attempts
+
     def _pause_s(self, state: RetryCallState) -> float:
-        exact: float = self._first_pause_s * 3 ** (state.attempt_number - 1)
+        exact: float = self._first_pause_s * (1 if _met_outage(state) else 3 ** (state.attempt_number - 1))
         return exact * random.uniform(0.75, 1.25)  # noqa: S311
 
     def _call(self, fn: Callable[[], T]) -> T:
@@ -94,6 +105,10 @@ class RetryingStore:
 
     def verify(self) -> None:
         self._call(self._inner.verify)
+
+
+def _met_outage(state: RetryCallState) -> bool:
+    return state.outcome is not None and isinstance(state.outcome.exception(), CircuitOpenError)
 
 
 def _sleep(seconds: float) -> None:

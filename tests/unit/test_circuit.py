@@ -10,12 +10,14 @@ import time
 import pytest
 
 from swampfs.backends.circuit import CircuitStore
+from swampfs.backends.retry import RetryingStore
 from swampfs.backends.s3_wire import Key, Unanswered, Wire
 from swampfs.errors import AbsentError, CircuitOpenError, StoreUnreachableError
 from swampfs.testing.fault_proxy import Fault, FaultProxy
 from swampfs.testing.faults import Fault as StoreFault
 from swampfs.testing.faults import FaultyStore
 from swampfs.testing.memory import MemoryStore
+from tests.harness import wait_for
 from tests.seaweed import ACCESS_KEY, SECRET_KEY
 
 
@@ -90,6 +92,33 @@ def test_while_it_is_open_downloads_fail_at_once_and_the_rest_still_asks(circuit
     link.is_up = True
     assert circuit.is_probe_due() and circuit.probe(), "that the outage is over is said once, by a probe"
     assert not circuit.is_probe_due()
+
+
+def test_who_waited_when_an_outage_began_waits_for_its_end_and_who_comes_during_it_does_not(
+    circuit, faulty, link, tmp_path, monkeypatch
+):
+    retrying, download = RetryingStore(circuit, first_pause_s=0.02), faulty.download
+
+    def break_off(key, target):
+        monkeypatch.setattr(faulty, "download", download)
+        link.is_up = False
+        assert not circuit.probe()
+        raise StoreUnreachableError("the connection broke")
+
+    def come_back():
+        link.is_up = True
+        circuit.probe()
+
+    monkeypatch.setattr(faulty, "download", break_off)
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(retrying.download("here", str(tmp_path / "x"))))
+    first.start()
+    wait_for(lambda: circuit.open_since is not None, "the outage is known")
+    with pytest.raises(CircuitOpenError):
+        retrying.download("here", str(tmp_path / "y"))
+    threading.Timer(0.2, come_back).start()  # after more pauses than there are attempts
+    first.join(10)
+    assert [info.size for info in answers] == [1]
 
 
 def test_a_probe_that_is_answered_ends_what_has_waited_since_before(circuit, link, tmp_path):

@@ -1,0 +1,160 @@
+"""Content on its way into the store: a private copy, its hash, the object, and the entry the index will have of it.
+
+New files of a model may go ahead of their push: while it waits for quiet, under the lock their writer holds. Nobody
+sees them, for no index names them; the push that follows finds them there, or, if anything happened to them
+meanwhile, uploads what there is then. What was sent is in the journal, so that what is removed before it was ever
+published is removed from the store, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from swampfs.errors import ConflictingWriteError, PreconditionError, StoreError
+from swampfs.names import RelPath, is_latest_marker, model_of
+from swampfs.provider import ABSENT, Precondition
+from swampfs.records import DirtyPath, Finding, IndexEntry, Op, timestamp
+from swampfs.sync.hashing import hash_file
+from swampfs.sync.leases import Leases
+from swampfs.sync.locks import Lock
+from swampfs.sync.parallel import for_each
+from swampfs.sync.parts import Parts
+from swampfs.sync.room import Room, is_full
+from swampfs.threads import Lane
+
+log = logging.getLogger(__name__)
+
+UPLOADS_AT_ONCE = 32
+LARGEST_AHEAD = 8 << 20
+"""Bytes of a file that goes ahead: whoever wants to push meanwhile waits for it."""
+
+
+class _Ahead(NamedTuple):
+    """What is in the store already."""
+
+    generation: int
+    lock: Lock  # under which it was uploaded: since then nobody else could touch it
+    mtime_ns: int
+    entry: IndexEntry
+
+
+class Uploads:
+    """Of one datastore. The writeback task does one thing after the other: a push, or what goes ahead of it."""
+
+    def __init__(self, parts: Parts, leases: Leases, *, is_settled: Callable[[str], bool]) -> None:
+        """``is_settled``: whether a path could be pushed, for all its users do with it."""
+        self._parts = parts
+        self._journal = parts.journal
+        self._leases = leases
+        self._is_settled = is_settled
+        self._ahead: dict[str, _Ahead] = {}
+        self.room = Room()
+
+    async def upload(self, record: DirtyPath, when: Precondition) -> IndexEntry | None:
+        """The entry of what is in the store now for a sealed record.
+
+        ``None`` if the file was changed, removed or renamed: its newer journal record says what to do.
+        Raises ConflictingWriteError, StoreError, OSError.
+        """
+        ahead = self._ahead.get(record.path)
+        if ahead is not None and self._is_valid(ahead, record):
+            return ahead.entry._replace(posix=self._parts.posix(record.path, ahead.mtime_ns))
+        try:
+            done = await self._put(record, when)
+        except FileNotFoundError:
+            self._lost(record)
+            return None
+        except PreconditionError:
+            raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
+        return None if done is None else done[0]
+
+    async def go_ahead(self, paths: Sequence[RelPath]) -> None:
+        """Upload those that can go ahead. Nothing is promised, and what fails is for the push to explain."""
+        if self._parts.index.in_place:
+            return  # everybody would see it
+        records = self._journal.seal([path for path in paths if self._may_go(path)])
+        await for_each(records, self._go, at_once=UPLOADS_AT_ONCE)
+
+    def _is_valid(self, ahead: _Ahead, record: DirtyPath) -> bool:
+        """Whether nobody touched it since: no user of ours, and, for the lock never left us, nobody else."""
+        if ahead.generation != record.generation or not self._journal.is_newest(record):
+            return False
+        return ahead.lock is self._leases.lock_over(record.path)
+
+    def settled(self, records: Iterable[DirtyPath]) -> None:
+        """A push is over."""
+        for record in records:
+            self._ahead.pop(record.path, None)
+
+    def _may_go(self, path: RelPath) -> bool:
+        """Under a model's lock, which keeps all others out; a name that nothing is published under."""
+        if path in self._ahead or self._journal.op(path) is not Op.WRITE or model_of(path) is None:
+            return False
+        if is_latest_marker(path) or not self._is_settled(path) or self._leases.lock_over(path) is None:
+            return False
+        record, stat = self._journal.get(path), self._parts.cache.stat(path)
+        return record is not None and record.base is None and stat is not None and stat.st_size <= LARGEST_AHEAD
+
+    async def _go(self, record: DirtyPath) -> None:
+        lock = self._leases.lock_over(record.path)
+        if lock is None:
+            return
+        try:
+            done = await self._put(record, ABSENT)
+        except (StoreError, OSError) as error:
+            log.debug("%s does not go ahead: %s", record.path, error)
+            return
+        if done is not None:
+            entry, mtime_ns = done
+            self._ahead[record.path] = _Ahead(record.generation, lock, mtime_ns, entry)
+
+    async def _put(self, record: DirtyPath, when: Precondition) -> tuple[IndexEntry, int] | None:
+        """Upload a private copy, so that size, hash and bytes are of one moment (H26).
+
+        Where there is no room for one, the file itself, which then must not have changed meanwhile. Returns the entry
+        and the time of the content, in nanoseconds.
+        """
+        parts = self._parts
+        staged = parts.cache.stage()
+        source = parts.cache.path(record.path)
+
+        def take() -> tuple[str, int, int, str]:
+            try:
+                mtime_ns, content = parts.cache.snapshot(record.path, staged), staged
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                mtime_ns, content = os.stat(source).st_mtime_ns, source
+            return content, mtime_ns, os.stat(content).st_size, hash_file(content)
+
+        try:
+            content, mtime_ns, size, sha256 = await parts.remote.threads.read(Lane.PUSH, take)
+            if content == source and await self.room.make_room(size):
+                content, mtime_ns, size, sha256 = await parts.remote.threads.read(Lane.PUSH, take)
+            if not self._journal.is_newest(record):
+                return None  # changed since the seal: the copy may be of half a change
+            self._journal.note_sent(record, size, sha256)
+            info = await parts.remote.put(parts.keys.data(record.path), content, when)
+            if content == source and not self._journal.is_newest(record):
+                return None  # the object may be of half a change: the newer record replaces it
+            posix = parts.posix(record.path, mtime_ns)
+            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix), mtime_ns
+        finally:
+            if os.path.lexists(staged):
+                os.unlink(staged)
+
+    def _lost(self, record: DirtyPath) -> None:
+        """There is nothing to upload. If no newer record explains it, the content is gone: say so, do not ask again."""
+        if not self._journal.is_newest(record):
+            return
+        self._journal.forget(record.path)
+        catalog, partition = self._parts.catalog, self._parts.partition(record.path)
+        node = catalog.at(record.path)
+        if node is not None:
+            catalog.reset_to_remote(node, record.base, partition)
+            catalog.read_again(partition)
+        finding = Finding(record.path, "content-lost", "its unpushed content is missing from the state directory")
+        catalog.report([finding])

@@ -1,0 +1,233 @@
+"""New files go into the store ahead of their push: nobody sees them before it, and what comes between is not lost."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from swampfs.errors import StoreUnreachableError
+from swampfs.records import Change
+from swampfs.testing.faults import Fault, FaultyStore, When
+from swampfs.testing.memory import MemoryStore
+from tests.datastores import check_bucket, indexed, load_shards
+from tests.engine import Store, load, machine
+from tests.harness import wait_for
+
+MODEL = "data/test/7b1463fb-2730-4225-aef5-5f9f9a66c7d9/state"
+RAW, NEW, LATEST = f"{MODEL}/1/raw", f"{MODEL}/2/raw", f"{MODEL}/latest"
+FILES = {RAW: b"one", LATEST: b"1", "files/x": b"x"}
+INDEXES = pytest.mark.parametrize("index", ["v1", "v2"])
+
+
+class Counting(FaultyStore):
+    """Remembers what was put."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.puts = []
+
+    def put(self, key, body, *when):
+        self.puts.append(key)
+        return super().put(key, body, *when)
+
+
+@pytest.fixture
+def store():
+    return Counting(MemoryStore())
+
+
+async def ahead(node):
+    """As the writeback task does it, under the locks of who wrote."""
+    await node.sync.leases.guard(0, *node.sync.journal)
+    await node.sync.upload_ahead(list(node.sync.journal))
+
+
+async def push(node):
+    report = await node.push()
+    assert report.failure is None and len(node.sync.journal) == 0
+    await node.sync.leases.give_back_idle()
+    return report
+
+
+def sent(store):
+    """Data objects that were put since the last question."""
+    puts, store.puts = [key for key in store.puts if key.startswith("data/") and not key.endswith(".lock")], []
+    return puts
+
+
+def run(store, home, index, work):
+    load(store, FILES, index)
+    store.puts.clear()
+
+    async def main():
+        async with machine(store, home) as a:
+            await a.mkdirs(f"{MODEL}/2")
+            await a.write(NEW, b"two")
+            await ahead(a)
+            assert sent(store) == [NEW]
+            assert NEW not in indexed(Store(store)), "nobody sees it"
+            await work(a)
+        check_bucket(Store(store))
+
+    trio.run(main)
+
+
+@INDEXES
+def test_a_push_finds_what_went_ahead(store, tmp_path, index):
+    async def work(a):
+        await ahead(a)
+        assert sent(store) == [], "once is enough"
+        report = await push(a)
+        assert report.pushed == 1 and sent(store) == []
+        assert indexed(Store(store))[NEW]["size"] == 3
+        assert await a.read(NEW) == b"two"
+
+    run(store, tmp_path, index, work)
+
+
+@INDEXES
+def test_what_is_written_after_it_went_ahead_is_what_is_published(store, tmp_path, index):
+    async def work(a):
+        await a.write(NEW, b"three")
+        await push(a)
+        assert sent(store) == [NEW] and check_bucket(Store(store))[NEW] == b"three"
+
+    run(store, tmp_path, index, work)
+
+
+def test_a_mode_that_is_set_after_it_went_ahead_is_published(store, tmp_path):
+    async def work(a):
+        await a.fs.setattr(a.ino(NEW), Change(mode=0o755), pid=0)
+        await push(a)
+        assert indexed(Store(store))[NEW]["posix"]["mode"] == 0o755
+
+    run(store, tmp_path, "v2", work)
+
+
+def test_what_is_removed_after_it_went_ahead_leaves_no_object(store, tmp_path):
+    async def work(a):
+        await a.unlink(NEW)
+        await push(a)
+        assert NEW not in check_bucket(Store(store))
+
+    run(store, tmp_path, "v2", work)
+
+
+def test_what_is_renamed_after_it_went_ahead_leaves_no_object_under_its_old_name(store, tmp_path):
+    async def work(a):
+        await a.rename(NEW, f"{MODEL}/2/other")
+        await push(a)
+        found = check_bucket(Store(store))
+        assert found[f"{MODEL}/2/other"] == b"two" and NEW not in found
+
+    run(store, tmp_path, "v2", work)
+
+
+def test_after_a_crash_the_next_push_publishes_what_went_ahead(store, tmp_path):
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path) as a:
+            await a.mkdirs(f"{MODEL}/2")
+            await a.write(NEW, b"two")
+            await ahead(a)
+        async with machine(store, tmp_path) as a:
+            await push(a)
+        assert check_bucket(Store(store))[NEW] == b"two"
+
+    trio.run(main)
+
+
+def test_what_somebody_stored_after_we_had_lost_the_lock_is_not_taken_for_ours(store, tmp_path):
+    async def work(a):
+        a.sync.leases._drop(f"{MODEL.rpartition('/')[0]}/.lock")  # its TTL passed while nothing was answered
+        store.delete(f"{MODEL.rpartition('/')[0]}/.lock")
+        store.delete(NEW)  # somebody published one, and removed it
+        sent(store)
+        await push(a)
+        assert sent(store) == [NEW]
+
+    run(store, tmp_path, "v2", work)
+
+
+@pytest.mark.parametrize("path", [RAW, LATEST, "files/new"])
+def test_what_others_could_see_or_change_does_not_go_ahead(store, tmp_path, path):
+    """Content that the index names; the marker of a version; a file that no model's lock covers."""
+    load(store, FILES, "v2")
+    store.puts.clear()
+
+    async def main():
+        async with machine(store, tmp_path) as a:
+            await a.write(path, b"7")
+            await ahead(a)
+            assert sent(store) == [] and path not in store.puts
+            await push(a)
+        check_bucket(Store(store))
+
+    trio.run(main)
+
+
+def test_an_object_that_is_there_already_is_not_overwritten_ahead(store, tmp_path):
+    load(store, FILES, "v2")
+    store.put(NEW, b"left by a push that did not get to its end")
+    store.puts.clear()
+
+    async def main():
+        async with machine(store, tmp_path) as a:
+            await a.mkdirs(f"{MODEL}/2")
+            await a.write(NEW, b"two")
+            await ahead(a)
+            assert Store(store).get(NEW).startswith(b"left")
+            await push(a)
+        assert check_bucket(Store(store))[NEW] == b"two"
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("when", list(When))
+def test_an_upload_ahead_that_fails_is_no_error_and_the_push_makes_up_for_it(store, tmp_path, when):
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path) as a:
+            await a.mkdirs(f"{MODEL}/2")
+            await a.write(NEW, b"two")
+            store.faults = [Fault("put", NEW, when, times=9, error=StoreUnreachableError("no answer"))]
+            await ahead(a)
+            store.faults = []
+            await push(a)
+        assert check_bucket(Store(store))[NEW] == b"two"
+
+    trio.run(main)
+
+
+def test_nothing_goes_ahead_where_objects_are_their_own_index(store, tmp_path):
+    load(store, FILES, "plain")
+    store.puts.clear()
+
+    async def main():
+        async with machine(store, tmp_path, plain=True) as a:
+            await a.mkdirs(f"{MODEL}/2")
+            await a.write(NEW, b"two")
+            await ahead(a)
+            assert sent(store) == []
+
+    trio.run(main)
+
+
+def test_a_mount_uploads_new_files_while_their_push_waits_for_quiet(bucket, fleet):
+    load_shards(bucket, [(RAW, b"one"), (LATEST, b"1")])
+    machine = fleet.machine("a", bucket.env, options=("--push-delay", "4s"))
+    machine.mount(bucket.url)
+    version = machine.path / MODEL / "2"
+    version.mkdir()
+    for number in range(200):
+        (version / f"part-{number}").write_text(f"content {number}")
+    machine.clear_requests()
+    wait_for(lambda: len([key for key in bucket.keys() if "/part-" in key]) == 200, "all objects are there")
+    assert not [path for path in indexed(bucket) if "/part-" in path], "and nobody is told"
+    machine.clear_requests()
+    wait_for(lambda: machine.status()["pending"] == [], "they are published")
+    assert [request for request in machine.requests() if "/part-" in request["key"]] == []
+    machine.umount()
+    assert len(check_bucket(bucket)) == 202
