@@ -52,6 +52,8 @@ class Server:
     process: subprocess.Popen[bytes]
     directory: Path
     ports: tuple[int, ...]
+    secure_port: int = 0
+    """Where it also answers with TLS, if it has a certificate."""
 
     def environment(self) -> dict[str, str]:
         return {
@@ -95,10 +97,10 @@ def weed_binary() -> str:
     return str(beside) if beside.exists() else str(shutil.which("weed"))
 
 
-def start() -> Server:
-    """Start a server and wait until it answers an authenticated request."""
+def start(certificate: tuple[Path, Path] | None = None) -> Server:
+    """Start a server and wait until it answers an authenticated request. ``certificate`` comes with its key."""
     directory = Path(tempfile.mkdtemp(prefix="swampfs-weed-"))
-    master, volume, filer, s3 = free_ports(4)
+    master, volume, filer, s3, secure = free_ports(5)
     below = f"{BUCKET}/{CORNER}"
     identities = [
         _identity("tests", ACCESS_KEY, ["Admin", "Read", "Write", "List", "Tagging"]),
@@ -109,6 +111,8 @@ def start() -> Server:
     config = directory / "identities.json"
     config.write_text(json.dumps({"identities": identities}))
     (directory / "data").mkdir()
+    tls = [] if certificate is None else [f"-s3.port.https={secure}"]
+    tls += [f"-s3.{name}.file={path}" for name, path in zip(("cert", "key"), certificate or (), strict=False)]
     with open(directory / "weed.log", "wb") as log:
         process = subprocess.Popen(
             [
@@ -118,11 +122,12 @@ def start() -> Server:
                 f"-volume.port={volume}", f"-volume.port.grpc={volume + 10000}",
                 f"-filer.port={filer}", f"-filer.port.grpc={filer + 10000}",
                 f"-s3.port={s3}", f"-s3.port.grpc={s3 + 10000}",
-                "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={config}",
+                "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={config}", *tls,
             ],
             stdout=log, stderr=log, cwd=directory, env={**os.environ, "HOME": str(directory)},
         )  # fmt: skip
-    server = Server(f"http://127.0.0.1:{s3}", process, directory, (master, volume, filer, s3))
+    ports = (master, volume, filer, s3)
+    server = Server(f"http://127.0.0.1:{s3}", process, directory, ports, secure if certificate else 0)
     deadline = time.monotonic() + READY_S
     while True:
         try:

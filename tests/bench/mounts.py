@@ -1,7 +1,7 @@
 """``scripts/bench mounts``: the work of a shell on a datastore, on swampfs and its peers, near and 20 ms away.
 
-Every row is measured on one file system after the other, and again, so that what else happens on the machine meets
-all of them. Cold is a mount that knows nothing; warm is the second time.
+The datastore is reached over TLS, as in the field. Every row is measured on one file system after the other, and again,
+so that what else happens on the machine meets all of them. Cold is a mount that knows nothing; warm is the second time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests import seaweed
 from tests.bench import peers, report
 from tests.bench.delay import delayed
 from tests.datastores import load_shards
+from tests.tls import make_certificate
 
 DIRECTORIES, IN_EACH, SIZE = 100, 100, 4096
 BIG = 256 << 20
@@ -80,8 +81,9 @@ class Bucket:
 class Site:
     """The server, the data on it in three forms, and everybody's homes."""
 
-    def __init__(self, server: seaweed.Server, scratch: Path) -> None:
+    def __init__(self, server: seaweed.Server, scratch: Path, certificate: Path) -> None:
         self.server = server
+        self.certificate = certificate
         self.scratch = scratch
         self.ours, self.plain = Bucket(server, "bench", "tree/"), Bucket(server, "plain")
         Bucket(server, "juice")
@@ -106,7 +108,7 @@ class Site:
 
     def juicefs(self, at_end: ExitStack) -> peers.Juicefs:
         """With the same files in it."""
-        made = peers.Juicefs(self.server, self.server.endpoint, self.scratch / "juicefs")
+        made = peers.Juicefs(self.server, self.server.endpoint, self.scratch / "juicefs", self.certificate)
         made.start()
         at_end.callback(made.stop)
         made.format()
@@ -235,7 +237,7 @@ def systems_of(site: Site, endpoint: str, wanted: list[str]) -> list[peers.Peer]
     found: list[peers.Peer] = []
     for kind in peers.ALL:
         if kind.name in wanted and kind is not peers.Juicefs:
-            found.append(kind(site.server, endpoint, site.scratch / kind.name))
+            found.append(kind(site.server, endpoint, site.scratch / kind.name, site.certificate))
     return found
 
 
@@ -252,14 +254,15 @@ def main() -> None:
     with ExitStack() as at_end:
         scratch = Path(tempfile.mkdtemp(prefix="swampfs-bench-"))
         at_end.callback(shutil.rmtree, scratch, ignore_errors=True)
-        server = seaweed.start()
+        certificate = make_certificate(scratch)
+        server = seaweed.start(certificate)
         at_end.callback(server.stop)
-        site = Site(server, scratch)
+        site = Site(server, scratch, certificate[0])
         juicefs = site.juicefs(at_end) if "juicefs" in wanted else None
         for rtt_ms in arguments.rtt or [20.0, 0.0]:
             with ExitStack() as far:
-                port = far.enter_context(delayed(int(server.endpoint.rpartition(":")[2]), rtt_ms / 1000))
-                endpoint = f"http://127.0.0.1:{port}"
+                port = far.enter_context(delayed(server.secure_port, rtt_ms / 1000))
+                endpoint = f"https://127.0.0.1:{port}"
                 systems = systems_of(site, endpoint, wanted)
                 if juicefs is not None:
                     juicefs.move(endpoint, far.enter_context(delayed(juicefs.redis_port, rtt_ms / 1000)))
@@ -270,8 +273,7 @@ def main() -> None:
                     measurement.far()
                 if not rtt_ms:
                     at_hand = [
-                        Native(server, endpoint, scratch / "bindfs"),
-                        peers.Bindfs(server, endpoint, scratch / "bindfs"),
+                        kind(server, endpoint, scratch / "bindfs", site.certificate) for kind in (Native, peers.Bindfs)
                     ]
                     measurement.systems = [*systems, *at_hand]
                     for _ in range(arguments.repeat):

@@ -34,12 +34,14 @@ class Peer(ABC):
     name = ""
     program = ""
 
-    def __init__(self, server: seaweed.Server, endpoint: str, home: Path) -> None:
+    def __init__(self, server: seaweed.Server, endpoint: str, home: Path, certificate: Path) -> None:
         self.server = server
         self.endpoint = endpoint
         self.home = home
         self.mnt = home / "mnt"
         self.env = {**os.environ, **server.environment(), "AWS_ENDPOINT_URL_S3": endpoint, "HOME": str(home)}
+        # Whom to trust: for us, for Go, for curl.
+        self.env |= dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"), str(certificate))
 
     @abstractmethod
     def command(self) -> list[str]:
@@ -120,8 +122,8 @@ class Juicefs(Peer):
     name = "juicefs"
     program = "juicefs"
 
-    def __init__(self, server: seaweed.Server, endpoint: str, home: Path) -> None:
-        super().__init__(server, endpoint, home)
+    def __init__(self, server: seaweed.Server, endpoint: str, home: Path, certificate: Path) -> None:
+        super().__init__(server, endpoint, home, certificate)
         (self.redis_port,) = seaweed.free_ports(1)
         self.redis: subprocess.Popen[bytes] | None = None
         self.meta = self._meta(self.redis_port)

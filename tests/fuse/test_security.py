@@ -8,13 +8,9 @@ import socket
 import ssl
 import stat
 import threading
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from swampfs import registry
 from swampfs.testing.sample import sample_files
@@ -22,6 +18,7 @@ from tests.conftest import Bucket
 from tests.datastores import check_bucket, load_shards
 from tests.harness import tree
 from tests.seaweed import CORNER, LEAST_READER, LEAST_WRITER, SECRET_KEY
+from tests.tls import make_certificate
 
 NOBODY = 65534
 
@@ -83,29 +80,11 @@ def test_elsewhere_in_the_bucket_these_privileges_are_worth_nothing(bucket, flee
 # --- TLS ----------------------------------------------------------------------------------------------------
 
 
-def make_certificate(certificate, key):
-    """For ``localhost``, signed by itself."""
-    secret = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(secret, hashes.SHA256())
-    )
-    certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    key.write_bytes(secret.private_bytes(serialization.Encoding.PEM, *plain))
-
-
 class TlsFront:
     """The server behind TLS with a certificate nobody knows."""
 
     def __init__(self, endpoint, directory):
-        self.certificate, key = directory / "cert.pem", directory / "key.pem"
-        make_certificate(self.certificate, key)
+        self.certificate, key = make_certificate(directory)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, key)
         self._context, self._store = context, endpoint.rpartition("/")[2].split(":")
