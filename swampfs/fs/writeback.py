@@ -28,6 +28,9 @@ _FIRST_BACKOFF_S = 1.0
 _LAST_BACKOFF_S = 30.0
 _FLUSH_RETRY_S = 0.2
 _SOON_S = 0.2
+_QUIET_S = 0.25  # without a change, after which a burst looks over, and new files go ahead of the push
+_SURELY_S = 5.0  # before a push, whose paths hardly change any more
+_AHEAD = 128  # files at once, after which it is seen whether a push is due
 _LOOK_S = 0.5  # how often it is seen whether what is held back may go
 
 
@@ -46,6 +49,7 @@ class Writeback:
         self.conflicts = 0
         self.waiting_for: tuple[RelPath, ...] = ()
         self._pushing: set[Group] = set()
+        self._went_ahead: dict[Group, float] = {}  # when it was due, as of its upload ahead
         self._held: set[str] = set()  # journaled paths that wait for the end of what a user does under a lock
         self._even_open: set[str] = set()  # a user gave a lock back, or closed a file: what it holds now counts
 
@@ -97,6 +101,7 @@ class Writeback:
             for group in groups:
                 self._due.pop(group, None)
                 self._first.pop(group, None)
+                self._went_ahead.pop(group, None)
             self._pushing = groups
             try:
                 report = await self._push(groups)
@@ -197,11 +202,33 @@ class Writeback:
             if self._due and min(self._due.values()) <= now:
                 return
             self._wake = trio.Event()
-            pause = min(self._due.values()) - now if self._due else float("inf")
+            quiet_s = await self._go_ahead(now)
+            pause = min(self._due.values()) - time.monotonic() if self._due else float("inf")
+            pause = min(pause, quiet_s)
             if self._held:
                 pause = min(pause, _LOOK_S)
             with trio.move_on_after(pause):
                 await self._wake.wait()
+
+    async def _go_ahead(self, now: float) -> float:
+        """Upload new files of groups that have become quiet; seconds until another may have."""
+        quiet_s = float("inf")
+        if self.last_error is not None:
+            return quiet_s
+        for group, due in list(self._due.items()):
+            if self._went_ahead.get(group) == due:
+                continue
+            wait_s = max(due - self._delay_s + _QUIET_S, due - _SURELY_S) - now
+            if wait_s > 0:
+                quiet_s = min(quiet_s, wait_s)
+                continue
+            paths = [path for path in self._sync.journal if is_publishable(path) and lease_path(path) == group]
+            for first in range(0, len(paths), _AHEAD):
+                if self._wake.is_set():
+                    return 0.0
+                await self._sync.upload_ahead([RelPath(path) for path in paths[first : first + _AHEAD]])
+            self._went_ahead[group] = due
+        return quiet_s
 
     def _let_go(self) -> None:
         """What was held back and may go, because its lock was given back, or lost, is due."""

@@ -264,6 +264,11 @@ class Leases:
     def taken_names(self) -> list[RelPath]:
         return [name for name, lease in self._held.items() if lease.user]
 
+    def lock_over(self, path: str) -> Lock | None:
+        """The lock that keeps everybody else from a path, if we or a user of ours surely hold it."""
+        lease = self._held.get(lease_path(path))
+        return lease.lock if lease is not None and lease.lock.is_sure else None
+
     def holds(self, name: RelPath) -> bool:
         """Whether we hold a lock for our own writers."""
         lease = self._held.get(name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swampfs.names import Keyspace
+from swampfs.names import Keyspace, RelPath, home_partition
 from swampfs.provider import RemoteIndex
+from swampfs.records import IndexMode, Posix
 from swampfs.state.cache_dir import CacheDir
-from swampfs.state.catalog import Catalog
+from swampfs.state.catalog import FILE_MODE, LINK_MODE, Catalog
 from swampfs.state.journal import Journal
+from swampfs.sync.index import MONOLITH
 from swampfs.sync.remote import Remote
 
 
@@ -22,3 +24,21 @@ class Parts:
     catalog: Catalog
     cache: CacheDir
     journal: Journal
+
+    def partition(self, path: RelPath) -> str:
+        """Partition that holds a path's entry after a commit."""
+        return home_partition(path) if self.catalog.watermark().mode is IndexMode.SHARDS else MONOLITH
+
+    def posix(self, path: RelPath, mtime_ns: int | None) -> Posix:
+        """What the catalog says of a file, as far as it is not the usual."""
+        node = self.catalog.at(path)
+        if node is None:
+            return Posix()
+        usual = FILE_MODE if node.target is None else LINK_MODE
+        return Posix(
+            mode=None if node.mode == usual else node.mode,
+            uid=None if node.uid < 0 else node.uid,
+            gid=None if node.gid < 0 else node.gid,
+            ns=0 if mtime_ns is None else mtime_ns % 1_000_000,
+            link=node.target,
+        )

@@ -26,7 +26,6 @@ from swampfs.names import (
     GLOBAL_LOCK_FILE,
     ROOT_PARTITION,
     RelPath,
-    home_partition,
     is_below,
     is_latest_marker,
     is_publishable,
@@ -34,32 +33,26 @@ from swampfs.names import (
     model_of,
     partition_key,
 )
-from swampfs.provider import ALWAYS, IndexTransaction, Precondition
+from swampfs.provider import ALWAYS, IndexTransaction
 from swampfs.records import (
     DirtyPath,
-    Finding,
     IndexEntry,
     IndexMode,
     Node,
     Op,
-    Posix,
     PushReport,
     TreeChange,
     timestamp,
 )
 from swampfs.state.apply import apply_delta
-from swampfs.state.catalog import FILE_MODE, LINK_MODE
 from swampfs.sync.hashing import hash_file
-from swampfs.sync.index import MONOLITH
 from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock, hold
 from swampfs.sync.parallel import for_each
 from swampfs.sync.parts import Parts
-from swampfs.sync.room import Room, is_full
 from swampfs.sync.unfinished import Unfinished
+from swampfs.sync.uploads import UPLOADS_AT_ONCE, Uploads
 from swampfs.threads import Lane
-
-_UPLOADS_AT_ONCE = 32
 
 
 @dataclass(slots=True)
@@ -90,6 +83,7 @@ class Pusher:
         make_lock: Callable[[str], Lock],
         leases: Leases,
     ) -> None:
+        self._parts = parts
         self._remote = parts.remote
         self._keys = parts.keys
         self._index = parts.index
@@ -101,8 +95,8 @@ class Pusher:
         self._drop_content = drop_content
         self._make_lock = make_lock
         self._leases = leases
-        self.room = Room()
         self.unfinished = Unfinished(parts.journal, parts.cache, leases)
+        self.uploads = Uploads(parts, leases, is_settled=lambda path: not (is_open(path) or path in self.unfinished))
 
     async def push(
         self, paths: Sequence[str], *, even_open: Container[str] = ()
@@ -136,6 +130,7 @@ class Pusher:
             try:
                 if batch.records:
                     await self._run(batch, stack, locks)
+                    self.uploads.settled(batch.records)
             finally:
                 self._journal.unseal(record.path for record in batch.records)
         report = PushReport(
@@ -211,7 +206,7 @@ class Pusher:
             unchanged = current is None if record.base is None else record.base.same_content(current)
             if not unchanged and current is not None and await self._was_sent(record, current):
                 # Our own earlier version, whose commit was not answered: what we have now starts from that.
-                record, unchanged = self._journal.rebase(record, current, self._partition(record.path)), True  # noqa: PLW2901
+                record, unchanged = self._journal.rebase(record, current, self._parts.partition(record.path)), True  # noqa: PLW2901
             if record.op is Op.DELETE:
                 # Found gone: by somebody else, or by a push of ours that did not get to the end. Again is safe.
                 (batch.deletes if unchanged or current is None else batch.conflicts).append(record)
@@ -220,10 +215,10 @@ class Pusher:
             elif await self._holds_same(record, current):
                 batch.present.append(record)
                 ns = current.posix.ns if current.posix is not None else 0
-                batch.entries[record.path] = current._replace(posix=self._posix(record.path, ns))
+                batch.entries[record.path] = current._replace(posix=self._parts.posix(record.path, ns))
             elif await self._is_unchanged(record):
                 batch.moot.append(record)  # announced, and not changed: theirs comes with the next poll
-                self._catalog.read_again(self._partition(record.path))
+                self._catalog.read_again(self._parts.partition(record.path))
             else:
                 batch.conflicts.append(record)
 
@@ -233,25 +228,11 @@ class Pusher:
         if current is None or node is None or not current.same_content(node.base):
             # Gone, or other content by now, which the next poll brings here with its own attributes.
             batch.moot.append(record)
-            self._catalog.read_again(self._partition(record.path))
+            self._catalog.read_again(self._parts.partition(record.path))
             return
-        posix = self._posix(record.path, node.mtime_ns)
+        posix = self._parts.posix(record.path, node.mtime_ns)
         batch.present.append(record)
         batch.entries[record.path] = current._replace(local_mtime=timestamp(node.mtime_ns), posix=posix)
-
-    def _posix(self, path: RelPath, mtime_ns: int | None) -> Posix:
-        """What the catalog says of a file, as far as it is not the usual."""
-        node = self._catalog.at(path)
-        if node is None:
-            return Posix()
-        usual = FILE_MODE if node.target is None else LINK_MODE
-        return Posix(
-            mode=None if node.mode == usual else node.mode,
-            uid=None if node.uid < 0 else node.uid,
-            gid=None if node.gid < 0 else node.gid,
-            ns=0 if mtime_ns is None else mtime_ns % 1_000_000,
-            link=node.target,
-        )
 
     def _current(self, transaction: IndexTransaction, path: RelPath) -> IndexEntry | None:
         try:
@@ -317,64 +298,12 @@ class Pusher:
 
     async def _upload_all(self, batch: _Batch, records: Sequence[DirtyPath], transaction: IndexTransaction) -> None:
         async def one(record: DirtyPath) -> None:
-            entry = await self._upload_one(record, transaction.precondition(record.path))
+            entry = await self.uploads.upload(record, transaction.precondition(record.path))
             if entry is not None:
                 batch.uploads.append(record)
                 batch.entries[record.path] = entry
 
-        batch.failures += await for_each(records, one, at_once=_UPLOADS_AT_ONCE)
-
-    async def _upload_one(self, record: DirtyPath, when: Precondition) -> IndexEntry | None:
-        """Upload a private copy, so that size, hash and bytes are of one moment (H26).
-
-        Where there is no room for one, the file itself, which then must not have changed meanwhile. ``None`` if the
-        file was changed, removed or renamed: its newer journal record says what to do.
-        """
-        staged = self._cache.stage()
-        source = self._cache.path(record.path)
-        key = self._keys.data(record.path)
-
-        def take() -> tuple[str, int, int, str]:
-            try:
-                mtime_ns, content = self._cache.snapshot(record.path, staged), staged
-            except OSError as error:
-                if not is_full(error):
-                    raise
-                mtime_ns, content = os.stat(source).st_mtime_ns, source
-            return content, mtime_ns, os.stat(content).st_size, hash_file(content)
-
-        try:
-            content, mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, take)
-            if content == source and await self.room.make_room(size):
-                content, mtime_ns, size, sha256 = await self._remote.threads.read(Lane.PUSH, take)
-            if not self._journal.is_newest(record):
-                return None  # changed since the seal: the copy may be of half a change
-            self._journal.note_sent(record, size, sha256)
-            info = await self._remote.put(key, content, when)
-            if content == source and not self._journal.is_newest(record):
-                return None  # the object may be of half a change: the newer record replaces it
-            posix = self._posix(record.path, mtime_ns)
-            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix)
-        except FileNotFoundError:
-            self._lost(record)
-            return None
-        except PreconditionError:
-            raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
-        finally:
-            if os.path.lexists(staged):
-                os.unlink(staged)
-
-    def _lost(self, record: DirtyPath) -> None:
-        """There is nothing to upload. If no newer record explains it, the content is gone: say so, do not ask again."""
-        if not self._journal.is_newest(record):
-            return
-        self._journal.forget(record.path)
-        node = self._catalog.at(record.path)
-        if node is not None:
-            self._catalog.reset_to_remote(node, record.base, self._partition(record.path))
-            self._catalog.read_again(self._partition(record.path))
-        finding = Finding(record.path, "content-lost", "its unpushed content is missing from the state directory")
-        self._catalog.report([finding])
+        batch.failures += await for_each(records, one, at_once=UPLOADS_AT_ONCE)
 
     async def _clear_the_way(self, batch: _Batch, transaction: IndexTransaction) -> None:
         """In a directory, a file that became a directory (or the reverse) must go before its successor can come."""
@@ -400,7 +329,7 @@ class Pusher:
                     raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
             gone.append(record)
 
-        batch.failures += await for_each(batch.deletes, one, at_once=_UPLOADS_AT_ONCE)
+        batch.failures += await for_each(batch.deletes, one, at_once=UPLOADS_AT_ONCE)
         batch.deletes = gone
 
     async def _is_gone(self, path: RelPath) -> bool:
@@ -416,16 +345,17 @@ class Pusher:
         """Let the catalog agree with what was committed; then retire exactly that."""
         done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = []
         for record in (*batch.uploads, *batch.present):
-            done.append((record, batch.entries[record.path], self._partition(record.path)))
+            done.append((record, batch.entries[record.path], self._parts.partition(record.path)))
         done += [(record, None, None) for record in batch.deletes]
         done += [(record, record.base, record.partition) for record in batch.moot]
+        ours = {record.path for record in batch.uploads}
         self._catalog.epoch += 1
         with self._catalog.transaction():
             for record, entry, partition in done:
                 if entry is not None and partition is not None:
                     newest = self._journal.get(record.path)
                     clean = newest is not None and newest.generation == record.generation
-                    self._catalog.settle(entry, partition, clean=clean, ours=record in batch.uploads)
+                    self._catalog.settle(entry, partition, clean=clean, ours=record.path in ours)
             if self._catalog.watermark().mode is IndexMode.SHARDS:
                 fresh = [path for path in batch.entries if partition_key(path) is None]
                 self._catalog.park([*fresh, *(entry.path for entry in parked)])
@@ -433,10 +363,6 @@ class Pusher:
         # Last, and after the catalog is on disk: a record is what explains a row that is not in step.
         self._catalog.sync()
         self._journal.retire(done)
-
-    def _partition(self, path: RelPath) -> str:
-        """Partition that holds a path's entry after a commit."""
-        return home_partition(path) if self._catalog.watermark().mode is IndexMode.SHARDS else MONOLITH
 
     async def _lost_parked(self, batch: _Batch) -> list[IndexEntry]:
         """Entries we parked in ``_root`` that another writer dropped; they are put back with this commit (H6).
@@ -481,7 +407,7 @@ class Pusher:
         self._cache.set_conflict_aside(record.path, report)
         self._journal.retire([(record, None, None)])
         self._catalog.epoch += 1
-        partition = self._partition(record.path)
+        partition = self._parts.partition(record.path)
         self._catalog.read_again(partition)
         node = self._catalog.at(record.path)
         missing = [] if current is None else self._catalog.missing_directories(record.path)

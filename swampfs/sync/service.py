@@ -150,7 +150,7 @@ class SyncService:
 
     def use_room(self, room: Room) -> None:
         """Where content goes has a limit."""
-        self.hydrator.room = self._pusher.room = room
+        self.hydrator.room = self._pusher.uploads.room = room
 
     def close(self) -> None:
         """The end of a mount: nothing of what was under way or had lost its name takes room until the next."""
@@ -248,6 +248,10 @@ class SyncService:
             self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
         self.announce(changes)
         return report
+
+    async def upload_ahead(self, paths: Sequence[RelPath]) -> None:
+        """See :meth:`swampfs.sync.uploads.Uploads.go_ahead`."""
+        await self._pusher.uploads.go_ahead(paths)
 
     def announce(self, changes: list[TreeChange]) -> None:
         """Tell whoever shows them to others."""
