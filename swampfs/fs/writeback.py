@@ -202,9 +202,13 @@ class Writeback:
             if self._due and min(self._due.values()) <= now:
                 return
             self._wake = trio.Event()
-            quiet_s = await self._go_ahead(now)
+            try:
+                quiet_s = await self._go_ahead(now)
+            except Exception:  # it was a favour; the push says what is wrong
+                log.exception("uploading ahead failed")
+                quiet_s = float("inf")
             pause = min(self._due.values()) - time.monotonic() if self._due else float("inf")
-            pause = min(pause, quiet_s)
+            pause = max(0.0, min(pause, quiet_s))
             if self._held:
                 pause = min(pause, _LOOK_S)
             with trio.move_on_after(pause):

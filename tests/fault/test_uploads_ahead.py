@@ -7,6 +7,8 @@ import trio
 
 from swampfs.errors import StoreUnreachableError
 from swampfs.records import Change
+from swampfs.testing.fault_proxy import Fault as NetworkFault
+from swampfs.testing.fault_proxy import FaultProxy
 from swampfs.testing.faults import Fault, FaultyStore, When
 from swampfs.testing.memory import MemoryStore
 from tests.datastores import check_bucket, indexed, load_shards
@@ -213,6 +215,29 @@ def test_nothing_goes_ahead_where_objects_are_their_own_index(store, tmp_path):
             assert sent(store) == []
 
     trio.run(main)
+
+
+def test_an_upload_ahead_that_takes_longer_than_the_delay_is_finished_by_the_push(server, bucket, fleet):
+    load_shards(bucket, [(RAW, b"one"), (LATEST, b"1")])
+    proxy = FaultProxy(server.endpoint)
+    try:
+        env = {**bucket.env, "AWS_ENDPOINT_URL_S3": proxy.url}
+        machine = fleet.machine("a", env, options=("--push-delay", "1s"))
+        machine.mount(bucket.url)
+        version = machine.path / MODEL / "2"
+        version.mkdir()
+        proxy.matches = lambda method, target: method == "PUT" and "/part-" in target
+        proxy.set(NetworkFault.LATE)
+        for number in range(200):
+            (version / f"part-{number}").write_text(f"content {number}")
+        wait_for(lambda: machine.status()["pending"] == [], "they are published")
+        puts = [request for request in machine.requests() if request["op"] == "put" and "/part-" in request["key"]]
+        done = [request["key"] for request in puts if request["outcome"] == "ok"]  # a connection may have been reset
+        assert len(done) == len(set(done)) == 200
+        machine.umount()
+    finally:
+        proxy.close()
+    assert len(check_bucket(bucket)) == 202
 
 
 def test_a_mount_uploads_new_files_while_their_push_waits_for_quiet(bucket, fleet):
