@@ -16,7 +16,7 @@ from typing import NamedTuple
 from swampfs.errors import ConflictingWriteError, PreconditionError, StoreError
 from swampfs.names import RelPath, is_latest_marker, model_of
 from swampfs.provider import ABSENT, Precondition
-from swampfs.records import DirtyPath, Finding, IndexEntry, Op, timestamp
+from swampfs.records import DirtyPath, Finding, IndexEntry, IndexMode, Op, timestamp
 from swampfs.sync.hashing import hash_file
 from swampfs.sync.leases import Leases
 from swampfs.sync.locks import Lock
@@ -73,7 +73,7 @@ class Uploads:
 
     async def go_ahead(self, paths: Sequence[RelPath]) -> None:
         """Upload those that can go ahead. Nothing is promised, and what fails is for the push to explain."""
-        if self._parts.index.in_place:
+        if self._parts.index.in_place or self._parts.catalog.watermark().mode is IndexMode.LISTING:
             return  # everybody would see it
         records = self._journal.seal([path for path in paths if self._may_go(path)])
         await for_each(records, self._go, at_once=UPLOADS_AT_ONCE)

@@ -203,12 +203,13 @@ def test_an_upload_ahead_that_fails_is_no_error_and_the_push_makes_up_for_it(sto
     trio.run(main)
 
 
-def test_nothing_goes_ahead_where_objects_are_their_own_index(store, tmp_path):
+@pytest.mark.parametrize("plain", [True, False], ids=["a directory", "a bucket without index"])
+def test_nothing_goes_ahead_where_objects_are_their_own_index(store, tmp_path, plain):
     load(store, FILES, "plain")
     store.puts.clear()
 
     async def main():
-        async with machine(store, tmp_path, plain=True) as a:
+        async with machine(store, tmp_path, plain=plain) as a:
             await a.mkdirs(f"{MODEL}/2")
             await a.write(NEW, b"two")
             await ahead(a)
