@@ -7,6 +7,7 @@ and ``spec/swamp-data-model.md`` §2, §7 (layout, always-local and temporary na
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple, NewType
 
 from swampfs.errors import HostileNameError, NameTooLongError, SettingsError
@@ -15,6 +16,7 @@ RelPath = NewType("RelPath", str)
 """A checked forward-slash path relative to the datastore root, without namespace. ``""`` is the root."""
 
 ROOT = RelPath("")
+_RECENT = 4096  # paths whose meaning is remembered: one operation asks for it several times
 MAX_SEGMENT_BYTES = 255
 MAX_LINK = 4095  # bytes of a symbolic link's target, as in Linux
 MAX_KEY_BYTES = 1024  # S3 and GCS object names
@@ -152,12 +154,14 @@ def is_always_local(rel: str) -> bool:
     return is_internal(rel) or is_secret(rel) or is_run_log(rel)
 
 
+@lru_cache(_RECENT)
 def is_scratch(rel: str) -> bool:
     """Temporary and editor scratch names: visible in this mount, never published (data model §7.4)."""
     base = rel.rpartition("/")[2]
     return bool(_SWAMP_TEMP.search(base) or _SCRATCH.search(base))
 
 
+@lru_cache(_RECENT)
 def is_publishable(rel: str) -> bool:
     """Whether a datastore-tier file may ever be pushed. The deny list of architecture rule 7."""
     return not (is_internal(rel) or is_secret(rel) or is_scratch(rel))
@@ -264,6 +268,7 @@ def version_of(rel: str) -> int | None:
 LEASES = "_control/swampfs/leases"
 
 
+@lru_cache(_RECENT)
 def lease_path(rel: str) -> RelPath:
     """The lock under which a path is written, relative to the namespace root.
 

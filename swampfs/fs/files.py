@@ -240,7 +240,9 @@ class Files:
         if flags & os.O_APPEND:
             os.close(fd)
             fd = self._sync.cache.open(node.path, os.O_RDWR | os.O_APPEND)
-        return self._track(fd, node, flags | os.O_RDWR, pid)
+        number = self._track(fd, node, flags | os.O_RDWR, pid)
+        self.handles.files[node.ino].changed = True
+        return number
 
     def create_local(self, rel: RelPath, flags: int, mode: int, owner: tuple[int, int]) -> tuple[int, Attributes]:
         fd, attributes = self._local.create(rel, flags, mode, owner)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 from swampfs.names import ROOT, RelPath, is_scratch, parent_of
@@ -25,7 +25,7 @@ from swampfs.records import (
     Watermark,
     encode_posix,
 )
-from swampfs.state.rows import NODE, SELECT, found, node_of
+from swampfs.state.rows import BY_INODE, BY_NAME, BY_PATH, NODE, SELECT, Known, found, node_of
 from swampfs.state.schema import (
     CATALOG,
     CATALOG_VERSION,
@@ -51,7 +51,6 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 _SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
 _LOCAL = f"kind = {Kind.FILE:d} AND residency <> {Residency.STUB:d}"
 _CLEAN = f"kind = {Kind.FILE:d} AND residency = {Residency.CLEAN:d} AND links = 1"
-_MOST_WARM = 20_000
 _UNUSUAL = f"kind = {Kind.DIRECTORY:d} AND (mode <> {DIRECTORY_MODE} OR uid >= 0 OR gid >= 0)"
 _PUBLISHED = f"kind IN ({Kind.FILE:d}, {Kind.SYMLINK:d})"
 
@@ -61,8 +60,6 @@ class Catalog:
 
     def __init__(self, path: str) -> None:
         self.rebuilt = False
-        self._warm: dict[int, tuple[RelPath, int]] = {}
-        self._warm_since = -1  # `total_changes` of the database
         self.epoch = 0  # counts changes to what is known of the remote; an await in between may have made one
         try:
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
@@ -70,6 +67,7 @@ class Catalog:
             set_aside(path)
             self.rebuilt = True
             self.db = open_database(path, CATALOG, CATALOG_VERSION, "NORMAL")
+        self._known = Known(self.db)
         self.db.create_function("is_scratch", 1, is_scratch, deterministic=True)
         self.db.execute("CREATE INDEX IF NOT EXISTS node_explicit ON node (path) WHERE explicit = 1")
         self.db.execute("CREATE INDEX IF NOT EXISTS node_place ON node (parent, coalesce(place, ino))")
@@ -86,33 +84,33 @@ class Catalog:
     def close(self) -> None:
         self.db.close()
 
-    def transaction(self) -> AbstractContextManager[None]:
-        return transaction(self.db)
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        try:
+            with transaction(self.db):
+                yield
+        except BaseException:
+            self._known.forget()
+            raise
 
     # --- reading ------------------------------------------------------------------------------------------
 
     def node(self, ino: int) -> Node | None:
-        return found(self.db.execute(f"{SELECT} WHERE ino = ?", (ino,)).fetchone())
+        return self._known.node(BY_INODE, ino)
 
     def clean_content(self, ino: int) -> tuple[RelPath, int] | None:
-        """Path and size of a published file of one name whose content is here; what a warm open needs to know.
-
-        Kept for those asked for since the catalog was last written: who goes over files again is answered sooner.
-        """
-        if self._warm_since != self.db.total_changes or len(self._warm) >= _MOST_WARM:
-            self._warm, self._warm_since = {}, self.db.total_changes
-        known = self._warm.get(ino)
-        if known is None:
-            row = self.db.execute(f"SELECT path, size FROM node WHERE ino = ? AND {_CLEAN}", (ino,)).fetchone()
-            if row is not None:
-                known = self._warm[ino] = (row[0], row[1])
-        return known
+        """Path and size of a published file of one name whose content is here; what a warm open needs to know."""
+        known = self._known.now()
+        if ino not in known:
+            known[ino] = self.db.execute(f"SELECT path, size FROM node WHERE ino = ? AND {_CLEAN}", (ino,)).fetchone()
+        clean: tuple[RelPath, int] | None = known[ino]
+        return clean
 
     def child(self, parent: int, name: str) -> Node | None:
-        return found(self.db.execute(f"{SELECT} WHERE parent = ? AND name = ?", (parent, name)).fetchone())
+        return self._known.node(BY_NAME, parent, name)
 
     def at(self, path: str) -> Node | None:
-        return found(self.db.execute(f"{SELECT} WHERE path = ?", (path,)).fetchone())
+        return self._known.node(BY_PATH, path)
 
     def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Node]:
         """Entries of a directory in the order of their places, so that a position survives concurrent change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 from swampfs.records import Kind, Node, Residency
@@ -12,6 +13,10 @@ NODE = (
     " coalesce(place, ino), ino"
 )
 SELECT = f"SELECT {NODE} FROM node"
+BY_INODE = f"{SELECT} WHERE ino = ?"
+BY_NAME = f"{SELECT} WHERE parent = ? AND name = ?"
+BY_PATH = f"{SELECT} WHERE path = ?"
+_MOST_KNOWN = 20_000
 
 
 def node_of(row: tuple[Any, ...]) -> Node:
@@ -23,3 +28,29 @@ def node_of(row: tuple[Any, ...]) -> Node:
 
 def found(row: tuple[Any, ...] | None) -> Node | None:
     return None if row is None else node_of(row)
+
+
+class Known:
+    """What was read of a database since it was last written: who asks for it again, as one operation does, has it."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._since = -1  # `total_changes` of the database
+        self._rows: dict[Any, Any] = {}
+
+    def now(self) -> dict[Any, Any]:
+        """Anything that says what it is of."""
+        if self._since != self._db.total_changes or len(self._rows) >= _MOST_KNOWN:
+            self._rows, self._since = {}, self._db.total_changes
+        return self._rows
+
+    def node(self, query: str, *key: int | str) -> Node | None:
+        known = self.now()
+        if (query, key) not in known:
+            known[query, key] = found(self._db.execute(query, key).fetchone())
+        node: Node | None = known[query, key]
+        return node
+
+    def forget(self) -> None:
+        """What was written is taken back."""
+        self._rows = {}
