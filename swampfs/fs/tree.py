@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable
 
 from swampfs.fs.attributes import KINDS, Attributes, fail, stale
@@ -23,6 +24,7 @@ from swampfs.sync.parallel import for_each
 from swampfs.sync.service import SyncService
 
 _HYDRATE_AT_ONCE = 32
+_TICK_NS = 4_000_000  # of the clock that Linux stamps files with
 
 
 class Tree:
@@ -356,6 +358,8 @@ class Tree:
         if change.is_of_access:
             self._changed([node] if node.is_dir and node.path else [])
         mode = None if change.mode is None else change.mode & 0o7777
+        if _is_as_it_was(node, change._replace(mode=mode)):
+            return
         shown = (mode, change.uid, change.gid, change.mtime_ns) != (None, None, None, None)
         names = self._files.names_of(node) if shown and node.kind in (Kind.FILE, Kind.SYMLINK) else []
         for name in names:
@@ -419,3 +423,10 @@ class Tree:
 def _group_of(parent: Node, owner: tuple[int, int]) -> tuple[int, int]:
     """Below a directory with the setgid bit, everything is of its group."""
     return (owner[0], parent.gid) if parent.mode & stat.S_ISGID else owner
+
+
+def _is_as_it_was(node: Node, change: Change) -> bool:
+    """Whether mode and owner are set to what they are, at the moment they were set, as far as clocks can tell."""
+    if change.mtime_ns is not None or change.atime_ns is not None or time.time_ns() - node.ctime_ns > _TICK_NS:
+        return False
+    return change.mode in (None, node.mode) and change.uid in (None, node.uid) and change.gid in (None, node.gid)

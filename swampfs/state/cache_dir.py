@@ -51,8 +51,12 @@ class CacheDir:
 
     def create(self, rel: RelPath) -> int:
         """Open a new or emptied file for reading and writing; returns the descriptor."""
-        self._make_room(rel)
-        return os.open(self.path(rel), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(self.path(rel), flags, 0o600)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            self._make_room(rel)
+        return os.open(self.path(rel), flags, 0o600)
 
     def write(self, rel: RelPath, body: bytes) -> None:
         """Make this its content."""

@@ -344,12 +344,14 @@ class Catalog:
         self.db.execute(f"UPDATE node SET residency = ? WHERE {_INODE}", (residency, ino, ino))
 
     def set_attributes(self, ino: int, change: Change) -> None:
-        self.db.execute(
+        rows = self.db.execute(
             "UPDATE node SET mode = coalesce(?, mode), uid = coalesce(?, uid), gid = coalesce(?, gid),"
             " mtime_ns = coalesce(?, mtime_ns), atime_ns = coalesce(?, atime_ns), ctime_ns = ?"
-            f" WHERE {_INODE}",
+            f" WHERE {_INODE} RETURNING {NODE}",
             (change.mode, change.uid, change.gid, change.mtime_ns, change.atime_ns, time.time_ns(), ino, ino),
-        )
+        ).fetchall()
+        if len(rows) == 1 and rows[0][0] == rows[0][-1]:  # the inode of one name, its own
+            self._known.learn(node_of(rows[0]))
 
     def adopt_posix(self, node: Node, entry: IndexEntry) -> bool:
         """Another machine changed attributes of unchanged content; returns whether something is different now."""

@@ -51,6 +51,10 @@ class Known:
         node: Node | None = known[query, key]
         return node
 
+    def learn(self, node: Node) -> None:
+        """What was just written."""
+        self.now()[BY_INODE, (node.ino,)] = node
+
     def forget(self) -> None:
         """What was written is taken back."""
         self._rows = {}
