@@ -161,7 +161,7 @@ class Measurement:
     def write(self, system: peers.Peer) -> tuple[float, float]:
         """Seconds until a tar is unpacked, and until the datastore has all of it."""
         self._written += 1
-        target = f"data/bench/new-{self._written:03}"
+        target = f"data/bench/new-{self._written:03}/output/1"  # a version, as swamp's models write them
         with system.mounted(cold=True) as mnt:
             (mnt / target).mkdir(parents=True)
             started = time.perf_counter()
