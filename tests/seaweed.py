@@ -116,7 +116,7 @@ def start(certificate: tuple[Path, Path] | None = None) -> Server:
     with open(directory / "weed.log", "wb") as log:
         process = subprocess.Popen(
             [
-                weed_binary(), "server", "-filer", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                weed_binary(), f"-logdir={directory}", "server", "-filer", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                 f"-dir={directory / 'data'}", "-volume.max=400", "-master.telemetry=false",
                 f"-master.port={master}", f"-master.port.grpc={master + 10000}",
                 f"-volume.port={volume}", f"-volume.port.grpc={volume + 10000}",
