@@ -2,8 +2,8 @@
 
 Only errors whose class says so are retried, and not once the caller's signal is raised: it also ends a pause at once.
 Who met such an error waits some seconds for the end of an outage, too; only who comes during it is sent away at once.
-A retried put whose first attempt was applied may answer ``PreconditionError``; callers with preconditions re-read and
-recognise their own bytes (H28).
+A retried put whose first attempt was applied may answer
+``PreconditionError``; callers with preconditions re-read and recognise their own bytes (H28).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from swampfs.errors import AbsentError, CircuitOpenError, PreconditionError, StoreError
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
@@ -32,25 +32,17 @@ class RetryingStore:
         self.name = inner.name
         self.label = inner.label
         self.authenticated = inner.authenticated
-        self._attempts = attempts
         self._first_pause_s = first_pause_s
         self._retrying = Retrying(
-            stop=self._is_enough,
+            stop=stop_after_attempt(attempts),
             wait=self._pause_s,
             sleep=_sleep,
-            retry=retry_if_exception(
-                lambda error: isinstance(error, StoreError) and (error.retryable or isinstance(error, CircuitOpenError))
-            ),
+            retry=retry_if_exception(lambda error: isinstance(error, StoreError) and error.retryable),
             reraise=True,
         )
 
-    def _is_enough(self, state: RetryCallState) -> bool:
-        if _met_outage(state):
-            return (state.seconds_since_start or 0.0) >= _OUTAGE_S
-        return state.attempt_number >= self._attempts
-
     def _pause_s(self, state: RetryCallState) -> float:
-        exact: float = self._first_pause_s * (1 if _met_outage(state) else 3 ** (state.attempt_number - 1))
+        exact: float = self._first_pause_s * 3 ** (state.attempt_number - 1)
         return exact * random.uniform(0.75, 1.25)  # noqa: S311
 
     def _call(self, fn: Callable[[], T]) -> T:
@@ -71,13 +63,23 @@ class RetryingStore:
         def attempt() -> T:
             if failures:
                 raise failures.pop()
-            return fn()
+            return self._after_outage(fn)
 
         try:
             return self._retrying.copy()(attempt)
         except (PreconditionError, AbsentError) as error:
             error.retried = True
             raise
+
+    def _after_outage(self, fn: Callable[[], T]) -> T:
+        until = time.monotonic() + _OUTAGE_S
+        while True:
+            try:
+                return fn()
+            except CircuitOpenError:
+                if time.monotonic() >= until:
+                    raise
+            _sleep(self._first_pause_s)
 
     def get(self, key: str, *, unless: str = "") -> Blob | None:
         return self._call(lambda: self._inner.get(key, unless=unless))
@@ -105,10 +107,6 @@ class RetryingStore:
 
     def verify(self) -> None:
         self._call(self._inner.verify)
-
-
-def _met_outage(state: RetryCallState) -> bool:
-    return state.outcome is not None and isinstance(state.outcome.exception(), CircuitOpenError)
 
 
 def _sleep(seconds: float) -> None:

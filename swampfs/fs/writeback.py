@@ -30,7 +30,8 @@ _FLUSH_RETRY_S = 0.2
 _SOON_S = 0.2
 _QUIET_S = 0.25  # without a change, after which a burst looks over, and new files go ahead of the push
 _SURELY_S = 5.0  # before a push, whose paths hardly change any more
-_AHEAD = 128  # files at once, after which it is seen whether a push is due
+_AHEAD = 64  # files at once, after which it is seen whether a push is due
+_MOST_AHEAD = 5000  # journaled paths: with more of them pushes have enough to do
 _LOOK_S = 0.5  # how often it is seen whether what is held back may go
 
 
@@ -49,7 +50,7 @@ class Writeback:
         self.conflicts = 0
         self.waiting_for: tuple[RelPath, ...] = ()
         self._pushing: set[Group] = set()
-        self._went_ahead: dict[Group, float] = {}  # when it was due, as of its upload ahead
+        self._ahead: dict[Group, tuple[float, list[RelPath]]] = {}  # when it was due, and what was not offered yet
         self._held: set[str] = set()  # journaled paths that wait for the end of what a user does under a lock
         self._even_open: set[str] = set()  # a user gave a lock back, or closed a file: what it holds now counts
 
@@ -101,7 +102,7 @@ class Writeback:
             for group in groups:
                 self._due.pop(group, None)
                 self._first.pop(group, None)
-                self._went_ahead.pop(group, None)
+                self._ahead.pop(group, None)
             self._pushing = groups
             try:
                 report = await self._push(groups)
@@ -134,7 +135,7 @@ class Writeback:
     async def flush(self, paths: Iterable[str] | None, timeout_s: float, *, even_open: bool = False) -> None:
         """Return when the given paths (files or directories; ``None`` = all) are committed.
 
-        Of all, it returns when the push is over to its last step: then no lock is needed for it any more.
+        Of all, it returns when the push is over to its last step, if there is time: then no lock is needed for it.
 
         Files open for writing are an error, unless ``even_open``: then what they hold now is published.
         Raises PushPendingError with the last error when they are not within the time, or are still open for writing.
@@ -170,6 +171,7 @@ class Writeback:
         for group in self._due.keys() - groups:  # to look at it again, what is not to be looked at any more
             del self._due[group]
             self._first.pop(group, None)
+            self._ahead.pop(group, None)
         while self._pushing and not self.pending():
             await self._round_done.wait()
 
@@ -203,7 +205,7 @@ class Writeback:
                 return
             self._wake = trio.Event()
             try:
-                quiet_s = await self._go_ahead(now)
+                quiet_s = await self._go_ahead()
             except Exception:  # it was a favour; the push says what is wrong
                 log.exception("uploading ahead failed")
                 quiet_s = float("inf")
@@ -214,25 +216,41 @@ class Writeback:
             with trio.move_on_after(pause):
                 await self._wake.wait()
 
-    async def _go_ahead(self, now: float) -> float:
+    async def _go_ahead(self) -> float:
         """Upload new files of groups that have become quiet; seconds until another may have."""
-        quiet_s = float("inf")
-        if self.last_error is not None:
-            return quiet_s
-        for group, due in list(self._due.items()):
-            if self._went_ahead.get(group) == due:
-                continue
-            wait_s = max(due - self._delay_s + _QUIET_S, due - _SURELY_S) - now
-            if wait_s > 0:
-                quiet_s = min(quiet_s, wait_s)
-                continue
-            paths = [path for path in self._sync.journal if is_publishable(path) and lease_path(path) == group]
-            for first in range(0, len(paths), _AHEAD):
-                if self._wake.is_set():
+        quiet, quiet_s = self._quiet(time.monotonic())
+        for group in quiet:
+            due, left = self._ahead.get(group, (None, []))
+            while left and self._due.get(group) == due:
+                if min(self._due.values()) <= time.monotonic():
                     return 0.0
-                await self._sync.upload_ahead([RelPath(path) for path in paths[first : first + _AHEAD]])
-            self._went_ahead[group] = due
-        return quiet_s
+                batch = [left.pop() for _ in range(min(len(left), _AHEAD))]
+                if not await self._sync.upload_ahead(batch):
+                    left.clear()  # the push says what is wrong
+        return 0.0 if quiet else quiet_s
+
+    def _quiet(self, now: float) -> tuple[list[Group], float]:
+        """Groups of which something may go ahead, and seconds until there may be another."""
+        quiet: list[Group] = []
+        quiet_s = float("inf")
+        if self.last_error is not None or len(self._sync.journal) > _MOST_AHEAD:
+            return quiet, quiet_s
+        for group, due in self._due.items():
+            at = max(due - self._delay_s + _QUIET_S, due - _SURELY_S)
+            was_due, left = self._ahead.get(group, (None, []))
+            if at > now:
+                quiet_s = min(quiet_s, at - now)
+            elif left or was_due != due:
+                quiet.append(group)
+        news: dict[Group, list[RelPath]] = {
+            group: [] for group in quiet if group not in self._ahead or self._ahead[group][0] != self._due[group]
+        }
+        if news:
+            for path in self._sync.journal:
+                if is_publishable(path) and (group := lease_path(path)) in news:
+                    news[group].append(RelPath(path))
+            self._ahead.update((group, (self._due[group], paths)) for group, paths in news.items())
+        return quiet, quiet_s
 
     def _let_go(self) -> None:
         """What was held back and may go, because its lock was given back, or lost, is due."""

@@ -471,15 +471,15 @@ class Leases:
 
     async def give_back_idle(self) -> None:
         """Everything is pushed and nobody writes: do not linger. Those that are being given back are waited for."""
-        leaving = list(self._leaving.values())
+        with trio.move_on_after(self._close_s):
+            for gone in list(self._leaving.values()):
+                await gone.wait()
         idle = [
             lease
             for lease in self._held.values()
             if not (lease.user or lease.pins or lease.name in self._flights or self.is_pending(lease.name))
         ]
         await for_each(idle, self._give_back, at_once=_AT_ONCE)
-        for gone in leaving:
-            await gone.wait()
 
     async def close(self) -> None:
         """Give back every lock of our own; a user's stays, for the user may go on after us."""

@@ -249,9 +249,9 @@ class SyncService:
         self.announce(changes)
         return report
 
-    async def upload_ahead(self, paths: Sequence[RelPath]) -> None:
+    async def upload_ahead(self, paths: Sequence[RelPath]) -> bool:
         """See :meth:`swampfs.sync.uploads.Uploads.go_ahead`."""
-        await self._pusher.uploads.go_ahead(paths)
+        return await self._pusher.uploads.go_ahead(paths)
 
     def announce(self, changes: list[TreeChange]) -> None:
         """Tell whoever shows them to others."""

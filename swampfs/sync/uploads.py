@@ -28,7 +28,7 @@ from swampfs.threads import Lane
 log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 32
-LARGEST_AHEAD = 8 << 20
+LARGEST_AHEAD = 1 << 20
 """Bytes of a file that goes ahead: whoever wants to push meanwhile waits for it."""
 
 
@@ -71,12 +71,15 @@ class Uploads:
             raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
         return None if done is None else done[0]
 
-    async def go_ahead(self, paths: Sequence[RelPath]) -> None:
-        """Upload those that can go ahead. Nothing is promised, and what fails is for the push to explain."""
+    async def go_ahead(self, paths: Sequence[RelPath]) -> bool:
+        """Upload those that can go ahead. Returns whether to go on: what fails is for the push to explain."""
         if self._parts.index.in_place or self._parts.catalog.watermark().mode is IndexMode.LISTING:
-            return  # everybody would see it
+            return False  # everybody would see it
         records = self._journal.seal([path for path in paths if self._may_go(path)])
         await for_each(records, self._go, at_once=UPLOADS_AT_ONCE)
+        failed = [record.path for record in records if record.path not in self._ahead]
+        self._journal.unseal(failed)
+        return not failed
 
     def _is_valid(self, ahead: _Ahead, record: DirtyPath) -> bool:
         """Whether nobody touched it since: no user of ours, and, for the lock never left us, nobody else."""

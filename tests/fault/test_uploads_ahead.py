@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import trio
 
 from swampfs.errors import StoreUnreachableError
+from swampfs.fs.writeback import Writeback
+from swampfs.names import RelPath
 from swampfs.records import Change
 from swampfs.testing.fault_proxy import Fault as NetworkFault
 from swampfs.testing.fault_proxy import FaultProxy
@@ -15,7 +19,8 @@ from tests.datastores import check_bucket, indexed, load_shards
 from tests.engine import Store, load, machine
 from tests.harness import wait_for
 
-MODEL = "data/test/7b1463fb-2730-4225-aef5-5f9f9a66c7d9/state"
+UUID = "7b1463fb-2730-4225-aef5-5f9f9a66c7d9"
+MODEL = f"data/test/{UUID}/state"
 RAW, NEW, LATEST = f"{MODEL}/1/raw", f"{MODEL}/2/raw", f"{MODEL}/latest"
 FILES = {RAW: b"one", LATEST: b"1", "files/x": b"x"}
 INDEXES = pytest.mark.parametrize("index", ["v1", "v2"])
@@ -257,3 +262,80 @@ def test_a_mount_uploads_new_files_while_their_push_waits_for_quiet(bucket, flee
     assert [request for request in machine.requests() if "/part-" in request["key"]] == []
     machine.umount()
     assert len(check_bucket(bucket)) == 202
+
+
+# --- when it is done ------------------------------------------------------------------------------------------
+
+
+class Sync:
+    """What the writeback task asks of one; remembers what was offered."""
+
+    def __init__(self, groups, files):
+        self.looks, self.offered, self.during = 0, [], lambda: True
+        names = [f"data/t/{UUID[:-4]}{group:04}/o/1/{file}" for group in range(groups) for file in range(files)]
+        self.journal = Journal(self, names)
+
+    async def upload_ahead(self, paths):
+        self.offered += paths
+        await trio.lowlevel.checkpoint()
+        return self.during()
+
+
+class Journal(list):
+    def __init__(self, sync, names):
+        super().__init__(names)
+        self.sync = sync
+
+    def __iter__(self):
+        self.sync.looks += 1
+        return super().__iter__()
+
+
+async def quiet(sync, delay_s, touched=()):
+    """Let what waits become quiet, and go ahead of its push; returns when that is due."""
+    writeback = Writeback(sync, delay_s)
+    sync.during_touch = writeback.touch
+    for path in touched or list(sync.journal):
+        writeback.touch(RelPath(path))
+    sync.looks = 0
+    with trio.fail_after(20):
+        await writeback._sleep_until_due()
+
+
+def test_the_journal_is_looked_over_a_few_times_for_all_that_became_quiet_together():
+    sync = Sync(groups=300, files=10)
+    trio.run(quiet, sync, 1.0)
+    assert sync.looks <= 30, "for each it would be 300 times"
+    assert sorted(sync.offered) == sorted(sync.journal)
+
+
+def test_who_writes_elsewhere_does_not_make_it_start_again():
+    sync = Sync(groups=2, files=500)
+    mine, other = [path for path in sync.journal if "0000/o" in path], sync.journal[-1]
+
+    def touch():
+        sync.during_touch(RelPath(other))
+        return True
+
+    sync.during = touch
+    trio.run(quiet, sync, 1.0, mine)
+    assert sorted(path for path in sync.offered if path in mine) == sorted(mine), "each of them once"
+
+
+def test_what_goes_ahead_makes_way_for_a_push_that_is_due():
+    sync = Sync(groups=1, files=4000)
+
+    def take_long():
+        time.sleep(0.05)
+        return True
+
+    sync.during = take_long
+    trio.run(quiet, sync, 0.6)
+    assert 0 < len(sync.offered) < 4000
+
+
+def test_what_fails_ahead_is_not_tried_until_the_push():
+    sync = Sync(groups=1, files=500)
+    sync.during = lambda: False
+    trio.run(quiet, sync, 0.6)
+    assert 0 < len(sync.offered) < 500

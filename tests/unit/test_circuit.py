@@ -12,7 +12,7 @@ import pytest
 from swampfs.backends.circuit import CircuitStore
 from swampfs.backends.retry import RetryingStore
 from swampfs.backends.s3_wire import Key, Unanswered, Wire
-from swampfs.errors import AbsentError, CircuitOpenError, StoreUnreachableError
+from swampfs.errors import AbsentError, CircuitOpenError, StoreBusyError, StoreUnreachableError
 from swampfs.testing.fault_proxy import Fault, FaultProxy
 from swampfs.testing.faults import Fault as StoreFault
 from swampfs.testing.faults import FaultyStore
@@ -107,6 +107,7 @@ def test_who_waited_when_an_outage_began_waits_for_its_end_and_who_comes_during_
 
     def come_back():
         link.is_up = True
+        faulty.faults = [StoreFault("download", "here", error=StoreBusyError("503"))]  # all come at once
         circuit.probe()
 
     monkeypatch.setattr(faulty, "download", break_off)
