@@ -89,7 +89,8 @@ def test_hours_of_faults_leak_nothing_and_lose_nothing(bucket, server, fleet):
                 wait_for(lambda m=machine: set(contents(m.path)) == set(expected), "each sees all of it", timeout_s=45)
             found = contents(machine.path)
             wrong = {path for path in {*found, *expected} if found.get(path) != expected.get(path)}
-            assert not wrong, history(machine, wrong)
+            both = {path: [str(held.get(path))[:80] for held in (found, expected)] for path in wrong}
+            assert not wrong, f"seen and expected: {both}\n{history(machine, wrong)}"
             assert machine.status()["conflicts"] == 0
         quiet(machines)
         print(sum(answer["done"] for answer in answers), "steps;", [sample(machine) for machine in machines])
