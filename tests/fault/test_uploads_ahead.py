@@ -248,7 +248,7 @@ def test_an_upload_ahead_that_takes_longer_than_the_delay_is_finished_by_the_pus
 
 def test_a_mount_uploads_new_files_while_their_push_waits_for_quiet(bucket, fleet):
     load_shards(bucket, [(RAW, b"one"), (LATEST, b"1")])
-    machine = fleet.machine("a", bucket.env, options=("--push-delay", "4s"))
+    machine = fleet.machine("a", bucket.env, options=("--push-delay", "6s"))
     machine.mount(bucket.url)
     version = machine.path / MODEL / "2"
     version.mkdir()
