@@ -57,20 +57,21 @@ class EarlyReads:
     async def finish(self, node: Node | None) -> bool:
         """What is about to lose its name, or its content, stays readable for who has it open.
 
-        Returns whether that was waited for. Who reads what cannot be had in time is answered ESTALE.
+        Returns whether anything was waited for, so that it may all be different now. Who reads what cannot be had in
+        time is answered ESTALE.
         """
         if node is None or node.residency is not Residency.STUB:
             return False
-        reading = [handle for handle in self._handles.values() if handle.ino == node.ino and handle.coming is not None]
-        if not reading:
+        handles = [handle for handle in self._handles.values() if handle.ino == node.ino]
+        reading = [handle.coming for handle in handles if handle.coming is not None]
+        if all(coming.is_abandoned for coming in reading):
             return False
         with suppress(SwampfsError, OSError), trio.move_on_after(self._sync.hydrator.timeout_s * _SHARE):
             await self._make_local(node)
             return True
-        for handle in reading:
-            if handle.coming is not None:
-                handle.coming.abandon(stale(node.ino))
-        return False
+        for coming in reading:
+            coming.abandon(stale(node.ino))
+        return True
 
     async def finished(self, node: Node) -> Node:
         """A file as it is after :meth:`finish`. Raises ESTALE."""

@@ -70,6 +70,7 @@ class Incoming:
         self.done = trio.Event()
         """All of it is here and right, or :attr:`problem` says why not."""
         self.problem: Exception | None = None
+        self.is_abandoned = False
         self.closed = False
         self.readers = 0
         """Who has it open; see :meth:`swampfs.sync.hydrate.Hydrator.leave`."""
@@ -85,6 +86,7 @@ class Incoming:
 
     def abandon(self, problem: Exception) -> None:
         """Nothing more of it is given out."""
+        self.is_abandoned = True
         self.problem = problem
         self.done.set()
         self.stop()

@@ -83,6 +83,7 @@ class Work:
         touched.add(temporary)
         (self.root / temporary).write_text(body)
         (self.root / temporary).rename(self.root / path)
+        self.state.pop(temporary, None)  # of an attempt that failed half-way
         self.state[path] = body
 
     def remove(self, path, touched):

@@ -82,7 +82,7 @@ def test_hours_of_faults_leak_nothing_and_lose_nothing(bucket, server, fleet):
         answers = [json.loads(text) for text in said]
         expected = {path: body.encode() for answer in answers for path, body in answer["state"].items()}
         for machine in machines:
-            machine.flush()
+            flush(machine, machines)
         expected["files/start"] = b"start"
         for machine in machines:
             with contextlib.suppress(AssertionError):
@@ -100,6 +100,15 @@ def test_hours_of_faults_leak_nothing_and_lose_nothing(bucket, server, fleet):
             machine.umount()
             check_state_dir(machine)
         assert check_bucket(bucket) == expected
+
+
+def flush(machine, machines):
+    """Or say what each of them was at."""
+    try:
+        machine.flush()
+    except AssertionError as error:
+        told = {one.name: [one.status(), one.requests()[-60:], one.log()[-8000:]] for one in machines}
+        raise AssertionError(f"{machine.name}: {error}\n{json.dumps(told, indent=1)}") from None
 
 
 def history(machine, paths):

@@ -206,10 +206,14 @@ def test_a_large_file_that_is_open_can_be_moved_across_tiers(mounted, way):
 def mapped(path):
     """Address of a file that is mapped for writing, and closed: Python's own mappings keep it open."""
     file = os.open(path, os.O_RDWR)
-    shared = mmap.PROT_READ | mmap.PROT_WRITE
-    address = _libc.mmap(None, ctypes.c_size_t(len(LARGE)), shared, mmap.MAP_SHARED, file, ctypes.c_long(0))
+    address = shared(file, len(LARGE))
     os.close(file)
     return address
+
+
+def shared(fd, size):
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    return _libc.mmap(None, ctypes.c_size_t(size), access, mmap.MAP_SHARED, fd, ctypes.c_long(0))
 
 
 def test_a_removed_large_file_can_be_opened_again_by_who_has_it(mounted):
@@ -312,3 +316,160 @@ def test_without_the_fast_lane_everything_is_as_with_it(mounted):
     (machine.path / "files/new").write_text("new")
     assert sorted(os.listdir(machine.path / "files")) == ["large", "new", "small"]
     machine.flush()
+
+
+def appended_by_two(path, fd):
+    with open(path, "ab", buffering=0) as other:
+        for _ in range(3):
+            other.write(b" theirs")
+            os.write(fd, b" ours")
+    return path, b"first" + b" theirs ours" * 3
+
+
+def changed_beside(path, fd):
+    with open(path, "r+b", buffering=0) as other, open(path, "rb", buffering=0) as reader:
+        other.write(b"F")
+        assert reader.read() == b"First"
+        os.pwrite(fd, b"T", 4)
+        assert os.pread(other.fileno(), 10, 0) == os.pread(reader.fileno(), 10, 0) == b"FirsT"
+    return path, b"FirsT"
+
+
+def truncated(path, fd):
+    os.ftruncate(fd, 3)
+    os.write(fd, b"second")
+    os.truncate(path, 10)
+    assert path.stat().st_size == os.fstat(fd).st_size == 10
+    return path, b"fir\0\0secon"
+
+
+def emptied_by_another(path, fd):
+    with open(path, "wb") as other:
+        other.write(b"x")
+    os.pwrite(fd, b"y", 1)
+    return path, b"xy"
+
+
+def renamed_and_replaced(path, fd):
+    path = path.rename(path.with_name("renamed"))
+    os.write(fd, b" second")
+    path.with_name("second").write_bytes(b"another")
+    path.with_name("second").rename(path)
+    os.write(fd, b" to nobody")
+    assert os.pread(fd, 100, 0) == b"first second to nobody"
+    return path, b"another"
+
+
+def linked(path, fd):
+    link = path.with_name("link")
+    os.link(path, link)
+    os.write(fd, b" second")
+    assert link.read_bytes() == b"first second"
+    path.unlink()
+    os.write(fd, b" third")
+    return link, b"first second third"
+
+
+def removed(path, fd):
+    path.unlink()
+    os.write(fd, b" second")
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+    os.pwrite(again, b"F", 0)
+    assert os.pread(again, 100, 0) == os.pread(fd, 100, 0) == b"First second"
+    os.close(again)
+    return path, None
+
+
+def mapped_for_longer(path, fd):
+    os.ftruncate(fd, mmap.PAGESIZE)
+    address = shared(fd, mmap.PAGESIZE)
+    ctypes.memmove(address, b"mappe", 5)
+    os.close(os.open(path, os.O_RDONLY))
+    ctypes.memmove(address + 5, b"d", 1)
+    _libc.munmap(ctypes.c_void_p(address), mmap.PAGESIZE)
+    return path, b"mapped" + bytes(mmap.PAGESIZE - 6)
+
+
+WAYS = [
+    appended_by_two, changed_beside, truncated, emptied_by_another, renamed_and_replaced, linked, removed,
+    mapped_for_longer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_what_is_written_to_a_new_file_is_what_everybody_sees(mounted, fleet, bucket, way):
+    """Its writes pass us by; with others at it or without."""
+    machine = mounted([("files/old", b"old")], "--refresh", "300ms", "--push-delay", "200ms")
+    other = fleet.machine("b", bucket.env)
+    other.mount(bucket.url)
+    path = machine.path / "files/new"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | (os.O_APPEND if way is appended_by_two else 0))
+    os.write(fd, b"first")
+    assert path.stat().st_size == 5
+    path, expected = way(path, fd)
+    os.close(fd)
+    assert (path.read_bytes() if path.exists() else None) == expected
+    machine.flush()
+    names = ["old"] if expected is None else sorted(["old", path.name])
+    wait_for(lambda: sorted(os.listdir(other.path / "files")) == names, "the other machine sees its name")
+    if expected is not None:
+        assert (other.path / "files" / path.name).read_bytes() == expected
+
+
+def test_the_kernel_writes_new_files_alone(mounted, bucket):
+    machine = mounted([("files/old", b"old")])
+    body = os.urandom(1 << 20)
+    asked = Asked(machine)
+    with open(machine.path / "files/new", "wb", buffering=0) as file:
+        for start in range(0, len(body), 4096):
+            file.write(body[start : start + 4096])
+    assert (machine.path / "files/new").read_bytes() == body
+    if is_patched(machine):
+        assert "WRITE" not in asked(), asked()
+    machine.flush()
+    assert bucket.get("files/new") == body
+
+
+SEEN = [
+    (0, "--cache-size", "100M"), (os.O_SYNC, "--cache-size", "10G"), (0, "--fsync", "remote"),
+    (0, "--consistency", "close-to-open"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "option", "value"), SEEN)
+def test_new_files_are_written_through_us_where_each_write_must_be_seen(mounted, flags, option, value):
+    machine = mounted([("files/old", b"old")], *QUIET, option, value)
+    asked = Asked(machine)
+    fd = os.open(machine.path / "files/new", os.O_WRONLY | os.O_CREAT | flags)
+    os.write(fd, b"new")
+    os.close(fd)
+    assert asked()["WRITE"] == 1
+
+
+def test_closed_new_files_keep_nothing_open(mounted):
+    machine = mounted([("files/old", b"old")])
+    before = len(os.listdir(f"/proc/{machine.pid()}/fd"))
+    for number in range(500):
+        (machine.path / f"files/new-{number}").write_bytes(b"new")
+    wait_for(lambda: machine.status()["upcalls"]["answered"].get("RELEASE", 0) >= 500, "they are closed")
+    assert len(os.listdir(f"/proc/{machine.pid()}/fd")) <= before + 10
+
+
+def test_a_new_file_is_safe_from_others_though_it_is_published_while_it_is_written(mounted, fleet, bucket):
+    """As when a user gives a lock back meanwhile. Its further writes are not seen, so its lock is kept."""
+    machine = mounted([("files/old", b"old")], "--refresh", "200ms", "--push-delay", "200ms")
+    other = fleet.machine("b", bucket.env, options=("--timeout", "4s"))
+    other.mount(bucket.url)
+    lock = machine.path / "data/test/7b1463fb-2730-4225-aef5-5f9f9a66c7d9/.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch(exist_ok=False)
+    with open(machine.path / "files/new", "wb", buffering=0) as file:
+        file.write(b"first")
+        lock.unlink()
+        assert bucket.get("files/new") == b"first"
+        wait_for((other.path / "files/new").exists, "the other machine sees it")
+        with pytest.raises(OSError, match="busy"):
+            (other.path / "files/new").write_bytes(b"theirs")
+        file.write(b" second")
+    machine.flush()
+    assert bucket.get("files/new") == b"first second"
