@@ -38,7 +38,7 @@ def mount(operations: pyfuse3.Operations, settings: MountSettings) -> int:
         raise MountError("/dev/fuse may not be opened by this user", remedy="mount as root, or `chmod 666 /dev/fuse`")
     options = set(pyfuse3.default_options)
     name = settings.source.url.replace(",", "%2C")  # a comma ends a mount option
-    options |= {f"fsname={name}", "subtype=swampfs", "default_permissions"}
+    options |= {f"fsname={name}", "subtype=swampfs", "default_permissions", *settings.kernel_options}
     if os.geteuid() == 0:
         options |= {"nosuid", "nodev"}  # fusermount3 adds them for everybody else
     if settings.allow_other:
@@ -128,7 +128,8 @@ class Invalidator:
         if inodes or listings:
             self._inodes.extend(inodes)
             self._listings.update(listings)
-            self._idle = trio.Event()
+            if self._idle.is_set():  # else somebody waits for this very one
+                self._idle = trio.Event()
             self._wake.set()
         names = [change for change in changes if change.name and self.lives_on(change)]
         if names:
