@@ -133,6 +133,7 @@ class MountSettings:
     prefetch: bool = True
     fast_lane: bool = True
     passthrough: bool = True
+    kernel_options: frozenset[str] = frozenset()
     trace_file: str | None = None
 
 

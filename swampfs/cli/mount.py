@@ -36,23 +36,13 @@ from swampfs.settings import (
 )
 
 _READY_FD = "SWAMPFS_READY_FD"
-_IGNORED_OPTIONS = frozenset(
-    [
-        "rw",
-        "auto",
-        "noauto",
-        "user",
-        "nouser",
-        "users",
-        "defaults",
-        "_netdev",
-        "nofail",
-        "nosuid",
-        "nodev",
-        "exec",
-        "noexec",
-    ]
+_IGNORED = (
+    "rw auto noauto user nouser users owner group defaults _netdev nofail exec async relatime norelatime atime "
+    "diratime nodiratime strictatime nostrictatime lazytime nolazytime suid nosuid dev nodev"
 )
+_IGNORED_OPTIONS = frozenset(_IGNORED.split())
+"""Of mount(8): what it does itself, and what is so in any case. No program runs with other rights (nosuid, nodev)."""
+_KERNEL_OPTIONS = ("noexec", "noatime")
 
 
 def seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
@@ -116,6 +106,7 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--xattrs", is_flag=True, envvar="SWAMPFS_XATTRS",
               help="Answer user.swamp.state, sha256, version, model and error to getfattr(1).")  # fmt: skip
 @click.option("-o", "options", multiple=True, metavar="K=V,…", help="The same settings in mount(8) form.")
+@click.option("--fake", is_flag=True, hidden=True)
 @click.option("--log-file", envvar="SWAMPFS_LOG_FILE", type=click.Path(path_type=Path),
               help="Log of a background mount.  [default: swampfs.log in the state directory]")  # fmt: skip
 @click.option("--log-level", envvar="SWAMPFS_LOG_LEVEL", default="info", show_default=True,
@@ -134,6 +125,8 @@ def mount(ctx: click.Context, /, **flags: Any) -> None:
     """
     _merge_options(ctx, flags)
     settings = _settings(flags, os.environ)
+    if flags["fake"]:
+        return
     ready_fd = os.environ.get(_READY_FD)
     if ready_fd is None and not flags["foreground"]:
         _in_background(settings, flags["log_file"])
@@ -252,8 +245,13 @@ def _merge_options(ctx: click.Context, flags: dict[str, Any]) -> None:
             name = {"ro": "read_only"}.get(key, key.replace("-", "_"))
             if key in _IGNORED_OPTIONS or key.startswith(("x-", "comment")):
                 continue
+            if key in _KERNEL_OPTIONS:
+                flags["kernel_options"] = (*flags.get("kernel_options", ()), key)
+                continue
+            if key == "remount":
+                raise UsageError("a swampfs mount cannot be remounted", remedy="`swampfs umount` it and mount it anew")
             parameter = parameters.get(name)
-            if parameter is None or name in ("options", "foreground"):
+            if parameter is None or name in ("options", "foreground", "fake"):
                 raise UsageError(f"unknown mount option {key!r}", remedy="`swampfs mount --help` lists them")
             if parameter.is_flag == bool(has_value):
                 what = "takes no value" if parameter.is_flag else "needs a value"
@@ -302,6 +300,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         prefetch=flags["prefetch"] == "on",
         fast_lane=flags["fast_lane"] == "on",
         passthrough=flags["passthrough"] == "on",
+        kernel_options=frozenset(flags.get("kernel_options", ())),
         trace_file=str(Path(flags["trace_file"]).absolute()) if flags["trace_file"] else None,
     )
 
