@@ -350,14 +350,7 @@ def _joined(
 
 def _begin(mount: Mount, nursery: trio.Nursery) -> None:
     """Everything a mount does by itself."""
-    tasks = [
-        mount.refresh.run,
-        mount.cache.run,
-        mount.cache.watch,
-        mount.scrub.run,
-        mount.keeping.run,
-        mount.prefetch.run,
-    ]
+    tasks = [mount.refresh.run, mount.cache.run, mount.scrub.run, mount.keeping.run, mount.prefetch.run]
     if not mount.settings.read_only:
         mount.writeback.touch_all()
         tasks += [mount.writeback.run, mount.sync.leases.run, Settle(mount.sync, mount.fs.files).run]
@@ -383,7 +376,6 @@ def _operations(settings: MountSettings, fs: FileSystem, writeback: Writeback, n
     operations = Operations(fs, settings.timeout_s, numbers)
     if settings.fsync_remote:
         operations.publish = publish
-    fs.files.handles.publishes_open = fs.close_to_open is not None or operations.publish is not None
     return operations
 
 
@@ -407,7 +399,6 @@ async def _publish(fs: FileSystem, writeback: Writeback, lock: RelPath, timeout_
     ]
     if mine:
         await writeback.flush(mine, timeout_s, even_open=True)
-        fs.files.mapped.announce()  # whoever may write unseen goes on: no lock of theirs is given back
     await leases.give_back_idle()
 
 

@@ -28,8 +28,6 @@ _LOW = 0.9  # of the limit: how far an eviction goes, so that it is not needed a
 _AT_ONCE = 256  # files between two looks at the loop
 _CHECK_AFTER = 0.01  # of the limit: content that came since the last check
 _AGAIN_S = 1.0  # while what is too much cannot go
-_AMPLE = 1 << 30  # bytes to spare, where something is written that cannot be told to wait for room
-_LOOK_S = 0.2  # at a disk that is being written to without our being told
 
 
 class CacheLimit(Room):
@@ -47,7 +45,6 @@ class CacheLimit(Room):
         self._came = 0  # since then
         self._keepers = 0
         self._wake = trio.Event()
-        self._unseen = trio.Event()
 
     @property
     def used(self) -> int:
@@ -55,17 +52,9 @@ class CacheLimit(Room):
         return self._sync.catalog.local_bytes()
 
     def spare(self) -> int:
-        return min(int(self.limit * _LOW) - self._level - self._came, self._disk_spare())
-
-    def is_ample(self) -> bool:
-        ample = self.spare() >= _AMPLE
-        if ample:
-            self._unseen.set()
-        return ample
-
-    def _disk_spare(self) -> int:
         disk = self._sync.cache.free_bytes()
-        return (disk.f_bavail - int(disk.f_blocks * (1 - _LOW))) * disk.f_frsize
+        free = (disk.f_bavail - int(disk.f_blocks * (1 - _LOW))) * disk.f_frsize
+        return min(int(self.limit * _LOW) - self._level - self._came, free)
 
     def came(self, size: int) -> None:
         self._came += size
@@ -82,16 +71,6 @@ class CacheLimit(Room):
                     await self._wake.wait()
             else:
                 await self._wake.wait()
-
-    async def watch(self) -> None:
-        """Make room for what the kernel writes by itself before it is needed, for ever."""
-        while True:
-            await self._unseen.wait()
-            await trio.sleep(_LOOK_S)
-            if not self._files.handles.unseen:
-                self._unseen = trio.Event()
-            elif self._disk_spare() < _AMPLE and not self._keepers:
-                await self.free(_AMPLE)
 
     def check(self) -> None:
         if not self._ballast.held and not self._ballast.hold():

@@ -15,7 +15,7 @@ from swampfs.errors import StoreError
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Owner, fail, of_node, stale
 from swampfs.fs.early import EarlyReads
 from swampfs.fs.guard import Guard
-from swampfs.fs.handles import CHANGING, PASS_FROM, WRITING, Handle, Handles, OpenFile, sync_content
+from swampfs.fs.handles import CHANGING, WRITING, Handle, Handles, OpenFile, sync_content
 from swampfs.fs.inodes import Inodes
 from swampfs.fs.localtier import LocalTier
 from swampfs.fs.lockfiles import LOCK_BASE, LockFiles
@@ -141,7 +141,7 @@ class Files:
         except FileNotFoundError:
             return None
         if os.fstat(fd).st_size == size:
-            return self._tracked(fd, ino, path, flags=os.O_RDONLY, pid=pid, passes=size >= PASS_FROM)
+            return self._tracked(fd, ino, path, flags=os.O_RDONLY, pid=pid, whole=size)
         os.close(fd)
         return None
 
@@ -240,8 +240,7 @@ class Files:
         if flags & os.O_APPEND:
             os.close(fd)
             fd = self._sync.cache.open(node.path, os.O_RDWR | os.O_APPEND)
-        passes = self.handles.passes_writes(flags) and self._sync.room.is_ample()
-        number = self.handles.track(fd, node.ino, node.path, flags=flags | os.O_RDWR, pid=pid, passes=passes)
+        number = self._track(fd, node, flags | os.O_RDWR, pid)
         self.handles.files[node.ino].changed = True
         return number
 
@@ -261,15 +260,16 @@ class Files:
             except BaseException:
                 os.close(fd)
                 raise
-        passes = node.residency is Residency.CLEAN and not flags & WRITING and node.size >= PASS_FROM
-        return self._tracked(fd, node.ino, node.path, flags=flags, pid=pid, linked=node.links > 1, passes=passes)
+        whole = node.size if node.residency is Residency.CLEAN and not flags & WRITING else 0
+        return self._tracked(fd, node.ino, node.path, flags=flags, pid=pid, linked=node.links > 1, whole=whole)
 
     def _tracked(
-        self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, passes: bool, linked: bool = False
+        self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, whole: int, linked: bool = False
     ) -> int:
         """What the kernel knows by another number, too, it may have open in another way: that is read through us."""
-        passes = passes and not self._inodes.is_alias(ino)
-        return self.handles.track(fd, ino, path, flags=flags, pid=pid, linked=linked, passes=passes)
+        if self._inodes.is_alias(ino):
+            whole = 0
+        return self.handles.track(fd, ino, path, flags=flags, pid=pid, linked=linked, whole=whole)
 
     # --- bytes --------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from swampfs.sync.incoming import Incoming
 
 WRITING = os.O_WRONLY | os.O_RDWR
 CHANGING = WRITING | os.O_TRUNC
-_THROUGH = os.O_DSYNC | os.O_DIRECT  # writes that mean more than that the bytes are there
 PASS_FROM = 128 << 10
 """Bytes of a file that the kernel reads by itself: of a smaller one it keeps what it once read."""
 
@@ -30,11 +29,10 @@ class Handle:
     coming: Incoming | None = None  # its content was not all here when it was opened
     file: OpenFile | None = None  # None: of an inode without name, or of something that is no datastore file
     backing: int = 0  # the kernel's number of the file of this machine that it reads by itself; 0: it asks us
-    unseen: bool = False  # what is written through it, the kernel writes by itself as well
 
     @property
     def is_mapped(self) -> bool:
-        """Whether its file may be written without our being told, through a mapping if not through the handle."""
+        """Whether its file may be written through a mapping without our being told."""
         return self.writable and self.backing != 0 and self.file is not None
 
 
@@ -74,10 +72,6 @@ class Handles:
         """Handles of datastore files that may be written through."""
         self.backing: Backing | None = None
         """Set where the kernel may read files of this machine by itself."""
-        self.publishes_open = False
-        """Whether files are published while they are open: then each write is to be seen. Set as above."""
-        self.unseen = 0
-        """Handles through which the kernel writes by itself."""
         self._next = 1
 
     def __len__(self) -> int:
@@ -94,11 +88,11 @@ class Handles:
         return number
 
     def track(
-        self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, linked: bool = False, passes: bool = False
+        self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, linked: bool = False, whole: int = 0
     ) -> int:
         """A handle of a datastore file, which may have other names if it is ``linked``.
 
-        ``passes``: the kernel may do by itself what is done through it, if nobody else has the file open.
+        ``whole``: the file's size, if all of it is here and nothing but a writer of this machine changes it.
         """
         file = self.files.get(ino)
         if file is None:
@@ -113,20 +107,14 @@ class Handles:
         number = self.add(fd, ino, flags, pid)
         handle = self.by_number[number]
         handle.file = file
-        if self.backing is not None and (file.backing or passes):
+        if self.backing is not None and (file.backing or whole >= PASS_FROM):
             self._pass(handle, file, self.backing)
         return number
 
-    def passes_writes(self, flags: int) -> bool:
-        """Whether the kernel may do by itself what is done to a new file that is opened so."""
-        return self.backing is not None and not self.publishes_open and not flags & _THROUGH
-
     def _pass(self, handle: Handle, file: OpenFile, backing: Backing) -> None:
         """The kernel has an inode's bytes from us through all of its handles, or through none."""
-        if not file.backing and file.readers + len(file.writers) == 1:
-            file.backing = _register(backing, handle)
-            handle.unseen = handle.writable and file.backing != 0
-            self.unseen += handle.unseen
+        if not file.backing and file.readers == 1 and not file.writers:
+            file.backing = backing.register(handle.fd)
         if file.backing:
             file.passing += 1
             handle.backing = file.backing
@@ -138,7 +126,6 @@ class Handles:
             self.writable -= 1
         else:
             file.readers -= 1
-        self.unseen -= handle.unseen
         if handle.backing:
             file.passing -= 1
             if not file.passing and self.backing is not None:
@@ -194,17 +181,6 @@ class Handles:
     def is_writable(self, number: int) -> bool:
         """Whether something may have been written through a handle."""
         return self.by_number[number].writable
-
-
-def _register(backing: Backing, handle: Handle) -> int:
-    """By a descriptor for reading: a registered one counts as open, and one for writing as written (`is_written`)."""
-    if not handle.writable:
-        return backing.register(handle.fd)
-    reader = os.open(f"/proc/self/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return backing.register(reader)
-    finally:
-        os.close(reader)
 
 
 def is_written(fd: int) -> bool:

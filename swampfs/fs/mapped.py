@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 from swampfs.fs.handles import Handle, Handles, is_written
 
-_FEW = 8
-
 
 class Mapped:
     """Of one mount."""
@@ -24,7 +22,6 @@ class Mapped:
         self._announce = announce
         self._close = close
         self._lingering: list[Handle] = []  # released, and something may still be written
-        self._enough = _FEW  # of them, to see whether some can go
 
     def announce(self) -> None:
         """Whatever may be written without our being told counts as changed from here on."""
@@ -43,9 +40,6 @@ class Mapped:
         handle.fd = reader
         if is_written(reader):
             self._lingering.append(handle)
-            if len(self._lingering) > self._enough:  # the kernel lets go of a file a moment after its last close
-                self.end()
-                self._enough = 2 * len(self._lingering) + _FEW
             return True
         return False
 

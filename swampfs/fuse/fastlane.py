@@ -395,9 +395,8 @@ class FastLane:
     def _opened(self, number: int, ino: int) -> bytes:
         handle = self._fs.files.handles[number]
         if handle.backing:
-            # Who may write does so through us, since what changes must be announced first; a new file is.
-            seen = handle.writable and not handle.unseen
-            flags = kernel.FOPEN_PASSTHROUGH | (kernel.FOPEN_DIRECT_IO if seen else 0)
+            # Who may write does so through us: what changes must be announced first.
+            flags = kernel.FOPEN_PASSTHROUGH | (kernel.FOPEN_DIRECT_IO if handle.writable else 0)
         else:
             flags = 0 if self._fs.files.early.has_pages(number, ino) else kernel.FOPEN_KEEP_CACHE
         return kernel.OPEN_OUT.pack(number, flags, handle.backing)

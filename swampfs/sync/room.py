@@ -21,10 +21,6 @@ class Room:
         """How many bytes may come without anything going for them."""
         return _PLENTY
 
-    def is_ample(self) -> bool:
-        """Whether something may be written, from now on, that cannot be told to wait for room."""
-        return True
-
     def came(self, size: int) -> None:
         """So many bytes of content are here that were not before."""
 

@@ -398,7 +398,6 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_what_is_written_to_a_new_file_is_what_everybody_sees(mounted, fleet, bucket, way):
-    """Its writes pass us by; with others at it or without."""
     machine = mounted([("files/old", b"old")], "--refresh", "300ms", "--push-delay", "200ms")
     other = fleet.machine("b", bucket.env)
     other.mount(bucket.url)
@@ -414,62 +413,3 @@ def test_what_is_written_to_a_new_file_is_what_everybody_sees(mounted, fleet, bu
     wait_for(lambda: sorted(os.listdir(other.path / "files")) == names, "the other machine sees its name")
     if expected is not None:
         assert (other.path / "files" / path.name).read_bytes() == expected
-
-
-def test_the_kernel_writes_new_files_alone(mounted, bucket):
-    machine = mounted([("files/old", b"old")])
-    body = os.urandom(1 << 20)
-    asked = Asked(machine)
-    with open(machine.path / "files/new", "wb", buffering=0) as file:
-        for start in range(0, len(body), 4096):
-            file.write(body[start : start + 4096])
-    assert (machine.path / "files/new").read_bytes() == body
-    if is_patched(machine):
-        assert "WRITE" not in asked(), asked()
-    machine.flush()
-    assert bucket.get("files/new") == body
-
-
-SEEN = [
-    (0, "--cache-size", "100M"), (os.O_SYNC, "--cache-size", "10G"), (0, "--fsync", "remote"),
-    (0, "--consistency", "close-to-open"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("flags", "option", "value"), SEEN)
-def test_new_files_are_written_through_us_where_each_write_must_be_seen(mounted, flags, option, value):
-    machine = mounted([("files/old", b"old")], *QUIET, option, value)
-    asked = Asked(machine)
-    fd = os.open(machine.path / "files/new", os.O_WRONLY | os.O_CREAT | flags)
-    os.write(fd, b"new")
-    os.close(fd)
-    assert asked()["WRITE"] == 1
-
-
-def test_closed_new_files_keep_nothing_open(mounted):
-    machine = mounted([("files/old", b"old")])
-    before = len(os.listdir(f"/proc/{machine.pid()}/fd"))
-    for number in range(500):
-        (machine.path / f"files/new-{number}").write_bytes(b"new")
-    wait_for(lambda: machine.status()["upcalls"]["answered"].get("RELEASE", 0) >= 500, "they are closed")
-    assert len(os.listdir(f"/proc/{machine.pid()}/fd")) <= before + 10
-
-
-def test_a_new_file_is_safe_from_others_though_it_is_published_while_it_is_written(mounted, fleet, bucket):
-    """As when a user gives a lock back meanwhile. Its further writes are not seen, so its lock is kept."""
-    machine = mounted([("files/old", b"old")], "--refresh", "200ms", "--push-delay", "200ms")
-    other = fleet.machine("b", bucket.env, options=("--timeout", "4s"))
-    other.mount(bucket.url)
-    lock = machine.path / "data/test/7b1463fb-2730-4225-aef5-5f9f9a66c7d9/.lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch(exist_ok=False)
-    with open(machine.path / "files/new", "wb", buffering=0) as file:
-        file.write(b"first")
-        lock.unlink()
-        assert bucket.get("files/new") == b"first"
-        wait_for((other.path / "files/new").exists, "the other machine sees it")
-        with pytest.raises(OSError, match="busy"):
-            (other.path / "files/new").write_bytes(b"theirs")
-        file.write(b" second")
-    machine.flush()
-    assert bucket.get("files/new") == b"first second"
