@@ -283,8 +283,7 @@ class Files:
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Raises ESTALE if another machine replaced the file since it was opened."""
         handle = self.handles[number]
-        names = self._unguarded(handle)
-        if names:
+        if names := self._unguarded(handle):
             await self._guard.wait(handle.pid, *names)
         self._begin_change(handle)
         view, done = memoryview(data), 0
@@ -303,9 +302,10 @@ class Files:
     def write_now(self, number: int, offset: int, data: memoryview) -> int | None:
         """As :meth:`write`; ``None`` if that has to wait for a lock or for room. May write less."""
         handle = self.handles[number]
-        if self._unguarded(handle) or (self._locks is not None and handle.ino >= LOCK_BASE):
-            return None
-        self._begin_change(handle)
+        if not self._is_begun(handle.file):
+            if self._unguarded(handle) or (self._locks is not None and handle.ino >= LOCK_BASE):
+                return None
+            self._begin_change(handle)
         try:
             self._sync.room.check()
             return os.pwrite(handle.fd, data, offset)
@@ -314,21 +314,24 @@ class Files:
                 raise
             return None
 
+    def _is_begun(self, file: OpenFile | None) -> bool:
+        """Whether a file may change with no more ado; of one that has several names that is not seen here."""
+        if file is None or file.path is None or file.linked or file.replaced or not file.changed:
+            return False
+        return self._sync.journal.is_announced(file.path)
+
     def _unguarded(self, handle: Handle) -> Sequence[RelPath]:
         """Names whose lock a writer has to wait for."""
-        file = self.handles.files.get(handle.ino)
+        file = handle.file
         names = () if file is None else self._names(handle.ino, file)
         if not names or file is None or self._is_announced(file, names) or self._guard.lets(*names):
             return ()
         return names
 
     def _begin_change(self, handle: Handle) -> None:
-        file = self.handles.files.get(handle.ino)
-        if file is not None:
-            if file.replaced:
-                raise stale(handle.ino)
-            if file.path is not None:
-                self._about_to_change(handle.ino, file)
+        if handle.file is not None and handle.file.replaced:
+            raise stale(handle.ino)
+        self._may_change(handle)
 
     def _may_change(self, handle: Handle) -> None:
         if handle.file is not None and not handle.file.replaced:
@@ -363,8 +366,7 @@ class Files:
         if handle.is_mapped:
             self._may_change(handle)
         await self._sync.remote.threads.write(Lane.DISK, os.fsync, handle.fd)
-        file = self.handles.files.get(handle.ino)
-        for path in () if file is None else self._names(handle.ino, file):
+        for path in () if handle.file is None else self._names(handle.ino, handle.file):
             if path in self._sync.journal or is_scratch(path):
                 self._sync.journal.note_synced(path)
 
@@ -378,17 +380,16 @@ class Files:
     def require_current(self, number: int) -> None:
         """Raises ESTALE if another machine replaced a handle's file: what was written to it was kept aside."""
         handle = self.handles[number]
-        file = self.handles.files.get(handle.ino)
-        if file is not None and file.replaced:
+        if handle.file is not None and handle.file.replaced:
             raise stale(handle.ino)
 
     def unpublished(self, number: int) -> list[RelPath]:
         """Names of a handle's file under which the datastore has something else, or nothing."""
         handle = self.handles[number]
-        file = self.handles.files.get(handle.ino)
         if handle.is_mapped:
             self._may_change(handle)
-        return [] if file is None else [path for path in self._names(handle.ino, file) if path in self._sync.journal]
+        names = [] if handle.file is None else self._names(handle.ino, handle.file)
+        return [path for path in names if path in self._sync.journal]
 
     def release(self, number: int) -> None:
         handle = self.handles.by_number.pop(number)

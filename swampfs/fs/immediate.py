@@ -6,6 +6,8 @@ nothing then, and the ``async`` operation of the same name does it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, as_stored
 from swampfs.fs.handles import CHANGING
 from swampfs.fs.vfs import FileSystem
@@ -18,6 +20,8 @@ class Immediate:
 
     def __init__(self, fs: FileSystem) -> None:
         self._fs = fs
+        self.write: Callable[[int, int, memoryview], int | None] = fs.files.write_now
+        """Handle, offset, data; returns the bytes that were written, which may be fewer."""
 
     def open(self, ino: int, flags: int, pid: int) -> int | None:
         """Handle of a file whose content is here, and whose lock is, if it is opened for writing."""
@@ -37,10 +41,6 @@ class Immediate:
         ):
             return None
         return fs.make(directory, path, mode, flags, caller)
-
-    def write(self, number: int, offset: int, data: memoryview) -> int | None:
-        """Bytes that were written, which may be fewer."""
-        return self._fs.files.write_now(number, offset, data)
 
     def setattr(self, ino: int, change: Change) -> Attributes | None:
         """Of a file of the datastore; its size only where the content is here and surely whole."""

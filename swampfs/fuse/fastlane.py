@@ -52,6 +52,7 @@ _TRIES = 8  # looks in vain, after which it does not
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _CACHE_S = int(CACHE_S)
 _HEAD = kernel.REQUEST.size
+_BYTES = kernel.WRITE_IN.size
 
 Handler = Callable[[kernel.Request, memoryview], bytes | None]
 
@@ -361,7 +362,7 @@ class FastLane:
         return kernel.OPEN_OUT.pack(request.ino << 1 | keep, flags, 0)
 
     def _readdirplus(self, request: kernel.Request, body: memoryview) -> bytes | None:
-        handle, after, size = kernel.READ_IN.unpack_from(body)[:3]
+        handle, after, size = kernel.RANGE.unpack_from(body)
         ino, is_kept = request.ino, bool(handle & 1)
         room, parts = size, []
         for position, name in enumerate((".", "..")[after:], after + 1):
@@ -402,7 +403,7 @@ class FastLane:
         return kernel.OPEN_OUT.pack(number, flags, handle.backing)
 
     def _read(self, request: kernel.Request, body: memoryview) -> bytes | None:
-        number, offset, size, *_ = kernel.READ_IN.unpack_from(body)
+        number, offset, size = kernel.RANGE.unpack_from(body)
         found = self._fs.files.read(number, offset, size)
         if found is not None:
             return found
@@ -432,12 +433,11 @@ class FastLane:
         return kernel.entry(found, _valid_s(found.ino)) + self._opened(number, found.ino)
 
     def _write(self, request: kernel.Request, body: memoryview) -> bytes | None:
-        number, offset, size, *_ = kernel.WRITE_IN.unpack_from(body)
-        start = kernel.WRITE_IN.size
-        done = self._now.write(number, offset, body[start : start + size])
+        number, offset, size = kernel.RANGE.unpack_from(body)
+        done = self._now.write(number, offset, body[_BYTES : _BYTES + size])
         if done is not None:
             return kernel.WRITE_OUT.pack(done, 0)
-        data = bytes(body[start : start + size])
+        data = bytes(body[_BYTES : _BYTES + size])
 
         async def write() -> bytes:
             return kernel.WRITE_OUT.pack(await self._operations.write(FileHandleT(number), offset, data), 0)

@@ -21,9 +21,9 @@ REPLY = struct.Struct("=IiQ")
 
 OPEN_IN = struct.Struct("=II")
 OPEN_OUT = struct.Struct("=QIi")  # handle, FOPEN_*, backing id
-READ_IN = struct.Struct("=QQIIQII")  # handle, offset, size, flags, lock owner, open flags, -
 RELEASE_IN = struct.Struct("=Q")
-WRITE_IN = struct.Struct("=QQIIQII")  # as READ_IN; the bytes follow
+WRITE_IN = struct.Struct("=QQIIQII")  # handle, offset, size, flags, lock owner, open flags, -; the bytes follow
+RANGE = struct.Struct("=QQI")  # what it, and a request to read, begins with
 WRITE_OUT = struct.Struct("=II")
 CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open flags; the name follows
 SETATTR_IN = struct.Struct("=IIQQQqqqIIIIIIII")
