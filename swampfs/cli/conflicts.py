@@ -14,6 +14,7 @@ import click
 
 from swampfs import registry
 from swampfs.cli.control import ask, pick
+from swampfs.cli.words import FILE_NAME
 from swampfs.errors import SettingsError, UsageError
 
 
@@ -23,7 +24,7 @@ def conflicts() -> None:
 
 
 @conflicts.command("list")
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", type=FILE_NAME, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
 def list_conflicts(mountpoint: str | None, as_json: bool) -> None:
     """List them, newest last.

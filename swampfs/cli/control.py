@@ -14,6 +14,7 @@ import click
 
 from swampfs import registry
 from swampfs.cli.mount import seconds
+from swampfs.cli.words import FILE_NAME
 from swampfs.errors import NotMountedError, SwampfsError
 from swampfs.fuse import mountpoint as mountpoints
 
@@ -39,7 +40,7 @@ def ask(registration: registry.Registration, message: dict[str, Any], timeout_s:
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=FILE_NAME)
 @click.option("--timeout", callback=seconds, default="60s", show_default=True, help="Longest to wait for pushes.")
 @click.option("--lazy", is_flag=True, help="Unmount whatever is pending or open; the journal keeps it.")
 def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
@@ -83,7 +84,7 @@ def _wait_for_exit(pid: int) -> None:
 
 
 @click.command()
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", type=FILE_NAME, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the health of a mount: backend, sizes, what is pending, last error.
@@ -138,7 +139,7 @@ def pick(mountpoint: str | None) -> registry.Registration:
 
 
 @click.command()
-@click.argument("paths", nargs=-1)
+@click.argument("paths", type=FILE_NAME, nargs=-1)
 @click.option("--timeout", callback=seconds, default="60s", show_default=True, help="Longest to wait.")
 def flush(paths: tuple[str, ...], timeout: float) -> None:
     """Return when the given paths (default: the whole mount here) are committed remotely.

@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from swampfs.cli.main import main as swampfs
+from swampfs.cli.words import FILE_NAME
 from swampfs.errors import EXIT_USAGE
 
 _USAGE = "usage: mount.swampfs SOURCE DIRECTORY [-sfnv] [-t TYPE] [-o OPTIONS]"
@@ -20,7 +21,7 @@ _USAGE = "usage: mount.swampfs SOURCE DIRECTORY [-sfnv] [-t TYPE] [-o OPTIONS]"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
-@click.argument("directory")
+@click.argument("directory", type=FILE_NAME)
 @click.option("-o", "options", multiple=True, metavar="K=V,…", help="Flags of `swampfs mount`, and those of mount(8).")
 @click.option("-f", "fake", is_flag=True, help="Check everything, and mount nothing.")
 @click.option("-v", "verbose", is_flag=True, help="Say what is done.")

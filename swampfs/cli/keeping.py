@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from swampfs.cli.control import ask, by_mount
+from swampfs.cli.words import FILE_NAME
 from swampfs.errors import EXIT_SYSTEM
 
 _LONGEST_S = 7 * 24 * 3600.0
@@ -34,7 +35,7 @@ def _fetched(answer: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True)
+@click.argument("paths", type=FILE_NAME, nargs=-1, required=True)
 def hydrate(paths: tuple[str, ...]) -> None:
     """Fetch the content of files and directories to this machine.
 
@@ -45,7 +46,7 @@ def hydrate(paths: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True)
+@click.argument("paths", type=FILE_NAME, nargs=-1, required=True)
 def evict(paths: tuple[str, ...]) -> None:
     """Remove content from this machine that is in the datastore, and that nobody has open or pinned.
 
@@ -58,7 +59,7 @@ def evict(paths: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True)
+@click.argument("paths", type=FILE_NAME, nargs=-1, required=True)
 def pin(paths: tuple[str, ...]) -> None:
     """Fetch files and directories and keep them here, also when others change them.
 
@@ -69,7 +70,7 @@ def pin(paths: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True)
+@click.argument("paths", type=FILE_NAME, nargs=-1, required=True)
 def unpin(paths: tuple[str, ...]) -> None:
     """Let content go again when there is too much.
 
@@ -80,7 +81,7 @@ def unpin(paths: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=FILE_NAME)
 @click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
 def info(path: str, as_json: bool) -> None:
     """Tell what is known of a path: state, hash, model, lock, last error. Asks the datastore nothing.

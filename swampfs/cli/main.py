@@ -17,6 +17,7 @@ _HOMES = {
     "control": "flush status umount",
     "keeping": "evict hydrate info pin unpin",
     "locks": "lock",
+    "manual": "completion",
     "mount": "mount",
     "namespace": "namespace",
     "structural": "delete gc prune",

@@ -18,6 +18,7 @@ import click
 import trio
 from click.core import ParameterSource
 
+from swampfs.cli.words import FILE_NAME
 from swampfs.errors import EXIT_MOUNT, EXIT_SYSTEM, SettingsError, SwampfsError, UsageError
 from swampfs.settings import (
     MARKER,
@@ -62,7 +63,7 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 
 
 @click.command()
-@click.argument("arguments", nargs=-1, metavar="[SOURCE] [MOUNTPOINT]")
+@click.argument("arguments", type=FILE_NAME, nargs=-1, metavar="[SOURCE] [MOUNTPOINT]")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
 @click.option("--read-only", is_flag=True, envvar="SWAMPFS_READ_ONLY", help="Refuse every change.")
 @click.option("--namespace", envvar="SWAMPFS_NAMESPACE", help="Bind one namespace of the datastore.")

@@ -16,6 +16,7 @@ import click
 import trio
 
 from swampfs import registry
+from swampfs.cli.words import FILE_NAME
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
 from swampfs.errors import (
@@ -38,7 +39,7 @@ _TOO_SLOW = "too slow"
 _INTERRUPTED = "interrupted"
 _SHOWN = 5
 
-_source = click.argument("source", required=False)
+_source = click.argument("source", type=FILE_NAME, required=False)
 _namespace = click.option("--namespace", envvar="SWAMPFS_NAMESPACE", default="", help="Bind one namespace.")
 _json = click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
 _cache = click.option("--cache", type=click.Path(path_type=Path), help="Cache directory.  [default: the repository's]")
