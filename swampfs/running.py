@@ -112,11 +112,14 @@ class Mount:
                 "status.json": lambda: document(self.status()),
                 "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
                 "locks": lambda: records(self.sync.leases.as_json()),
-                "errors": lambda: lines(
-                    [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
-                ),
+                "errors": lambda: lines(self._errors()),
             },
         )
+
+    def _errors(self) -> list[str]:
+        """What is wrong now, then what failed lately, the latest last."""
+        now = [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
+        return now + [failure.line() for failure in self.fs.failures.recent()]
 
     def _shown(self, path: str) -> str:
         """A path of the bound namespace, as this mount shows it."""
@@ -165,6 +168,30 @@ class Mount:
             "lockHolder": holders[0] if holders else None,
         }
 
+    def explain(self, path: RelPath) -> dict[str, Any]:
+        """What failed there last, and what may be in the way now."""
+        failure = self.fs.failures.of(path)
+        lock = lease_path(path)
+        kept = [report["path"] for report in self.sync.cache.conflict_reports()]
+        return {
+            "path": self._shown(path),
+            "info": self.info(path) if self.sync.catalog.at(path) is not None else None,
+            "failure": None if failure is None else {**failure.as_json(), "path": self._shown(path)},
+            "unread": self.sync.hydrator.failures.get(path),
+            "change": op.value if (op := self.sync.journal.op(path)) is not None else None,
+            "isOpen": self.sync.is_open(path),
+            "heldBack": self.writeback.is_held_back(path),
+            "waitsForLock": lock if lock in self.writeback.waiting_for else None,
+            "pushError": self.writeback.last_error,
+            "refreshError": self.refresh.last_error,
+            "offline": self.sync.leases.reach.lost_since is not None or self._silent_s() is not None,
+            "readOnly": self.settings.read_only,
+            "conflicts": kept.count(path),
+            "findings": [found.detail for found in self.sync.catalog.findings() if found.path == path],
+            "lock": lock,
+            "lockHolders": [one for one in self.sync.leases.as_json() if one["lock"] == lock],
+        }
+
     def commands(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
         async def status(_: Mapping[str, Any]) -> dict[str, Any]:
             return self.status()
@@ -191,6 +218,16 @@ class Mount:
             self.sync.cache.drop_conflict(str(message["id"]))
             return {"conflicts": len(self.sync.cache.conflicts())}
 
+        return {
+            "status": status,
+            "flush": flush,
+            "refresh": refresh,
+            "conflicts": conflicts,
+            "drop_conflict": drop_conflict,
+            **self._commands_of_paths(),
+        }
+
+    def _commands_of_paths(self) -> dict[str, Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]]:
         async def hydrate(message: Mapping[str, Any]) -> dict[str, Any]:
             return await self.keeping.hydrate(self._named(message))
 
@@ -207,15 +244,17 @@ class Mount:
             (path,) = self._named(message)
             return self.info(path)
 
+        async def explain(message: Mapping[str, Any]) -> dict[str, Any]:
+            paths = self._own_paths(message["paths"])
+            if not paths:
+                raise UsageError("that is in another namespace", remedy="name a path of the bound one")
+            return self.explain(paths[0])
+
         return {
-            "status": status,
             "hydrate": hydrate,
             "evict": evict,
             "pin": pin,
             "unpin": unpin,
             "info": info,
-            "flush": flush,
-            "refresh": refresh,
-            "conflicts": conflicts,
-            "drop_conflict": drop_conflict,
+            "explain": explain,
         }

@@ -15,6 +15,7 @@ from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
 _HOMES = {
     "conflicts": "conflicts",
     "control": "flush status umount",
+    "explain": "explain",
     "keeping": "evict hydrate info pin unpin",
     "locks": "lock",
     "manual": "completion",

@@ -14,6 +14,7 @@ from swampfs.errors import FileError, ReadOnlyError
 from swampfs.fs import views
 from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, Owner, as_stored, fail, of_node, of_stat, stale
 from swampfs.fs.consistency import CloseToOpen
+from swampfs.fs.failures import Failures
 from swampfs.fs.files import Files
 from swampfs.fs.guard import Guard
 from swampfs.fs.inodes import Inodes
@@ -48,6 +49,7 @@ class FileSystem:
         """``guard`` and ``locks`` make it one of many mounts; without them it writes as if it were alone."""
         self.sync = sync
         self.inodes = Inodes()
+        self.failures = Failures(sync.catalog, self.inodes)
         self.guard = guard or Guard(None)
         self.locks = locks
         self.close_to_open: CloseToOpen | None = None

@@ -27,14 +27,14 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FUSEError
 
-from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Caller
+from swampfs.fs.failures import ANSWERS
 from swampfs.fs.immediate import Immediate
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
 from swampfs.fuse import kernel
 from swampfs.fuse.kernel import Op
-from swampfs.fuse.operations import CACHE_S, DOTS, LONGEST_NAME, Operations
+from swampfs.fuse.operations import CACHE_S, DOTS, LONGEST_NAME, Operations, errno_of
 from swampfs.fuse.passthrough import Passthrough
 from swampfs.state.schema import is_disk_full
 
@@ -188,20 +188,28 @@ class FastLane:
                 return
             code = 0
         except Exception as error:
-            code, body = -self._number(error), b""
+            number = self._number(error)
+            if number not in ANSWERS:
+                self._note(request, length, number, error)
+            code, body = -number, b""
         self.answered[request.opcode] += 1
         if body is not NOTHING:
             self._reply(kernel.REPLY.pack(kernel.REPLY.size + len(body), code, request.unique), body)
 
+    def _note(self, request: kernel.Request, length: int, number: int, error: Exception) -> None:
+        """Keep why, for whoever asks."""
+        is_name = request.opcode == Op.CREATE
+        name = bytes(self._view[_HEAD + kernel.CREATE_IN.size : length - 1]) if is_name else None
+        self._fs.failures.note(kernel.name_of(request.opcode).lower(), request.ino, name, number, error)
+
     def _number(self, error: Exception) -> int:
         """As :func:`swampfs.fuse.operations.handler` maps it."""
-        if isinstance(error, SwampfsError | OSError):
-            return error.errno or errno.EIO
-        if is_disk_full(error):
+        code = errno_of(error)
+        if code is None:
+            log.error("a request failed", exc_info=error)
+        elif code == errno.ENOSPC and is_disk_full(error):
             self._operations.disk_is_full()
-            return errno.ENOSPC
-        log.error("a request failed", exc_info=error)
-        return errno.EIO
+        return code or errno.EIO
 
     def _wait_for(self, unique: int, work: Callable[[], Awaitable[bytes]]) -> bytes:
         """Answer when a handler of pyfuse3 has."""

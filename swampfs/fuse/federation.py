@@ -118,6 +118,9 @@ class Federation(pyfuse3.Operations):
         """A database could not be written."""
         self.own.disk_is_full()
 
+    def failed(self, operation: str, args: Sequence[Any], code: int, error: Exception | None) -> None:
+        """Of the root, which has no path; a part keeps its own."""
+
     async def part(self, where: int) -> tuple[Operations, int]:
         """Whose inode or handle this is, and what it is called there. Opens a namespace at the first look into it."""
         if not _is_foreign(where):

@@ -38,6 +38,7 @@ CACHE_S = 3600.0
 _BLOCK = 4096
 DOTS = 2  # positions of a directory before those of its entries
 LONGEST_NAME = 255
+_OF_HANDLES = ("read", "write", "flush", "fsync")
 
 
 class Numbers(NamedTuple):
@@ -66,6 +67,13 @@ def _text(name: bytes) -> str:
         raise FUSEError(errno.EILSEQ) from None
 
 
+def errno_of(error: Exception) -> int | None:
+    """What a system call that met it is answered with; ``None``: it is a bug."""
+    if isinstance(error, SwampfsError | OSError):
+        return error.errno or errno.EIO
+    return errno.ENOSPC if is_disk_full(error) else None
+
+
 def handler(fn: F) -> F:
     """One mapper for every handler: our errors and the system's become errno; a bug becomes EIO and is logged."""
 
@@ -73,16 +81,18 @@ def handler(fn: F) -> F:
     async def handle(*args: Any) -> Any:
         try:
             return await fn(*args)
-        except FUSEError:
+        except FUSEError as error:
+            if error.errno == errno.ETIMEDOUT:
+                args[0].failed(fn.__name__, args[1:], errno.ETIMEDOUT, None)
             raise
-        except (SwampfsError, OSError) as error:
-            raise FUSEError(error.errno or errno.EIO) from None
         except Exception as error:
-            if is_disk_full(error):
+            code = errno_of(error)
+            if code is None:
+                log.exception("%s failed", fn.__name__)
+            elif code == errno.ENOSPC and is_disk_full(error):
                 args[0].disk_is_full()
-                raise FUSEError(errno.ENOSPC) from None
-            log.exception("%s failed", fn.__name__)
-            raise FUSEError(errno.EIO) from None
+            args[0].failed(fn.__name__, args[1:], code or errno.EIO, error)
+            raise FUSEError(code or errno.EIO) from None
 
     return cast(F, handle)
 
@@ -133,6 +143,15 @@ class Operations(pyfuse3.Operations):
     def disk_is_full(self) -> None:
         """A database could not be written."""
         self._fs.sync.room.databases_need_room()
+
+    def failed(self, operation: str, args: Sequence[Any], code: int, error: Exception | None) -> None:
+        """Keep why, for whoever asks."""
+        ino = args[0] if args and isinstance(args[0], int) else 0
+        name = args[1] if len(args) > 1 and isinstance(args[1], bytes) and "xattr" not in operation else None
+        if operation in _OF_HANDLES:
+            handle = self._fs.files.handles.by_number.get(ino)
+            ino = 0 if handle is None else handle.ino
+        self._fs.failures.note(operation, ino, name, code, error)
 
     @contextmanager
     def using(self, directory: int) -> Iterator[None]:
