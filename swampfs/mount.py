@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from swampfs import registry
+from swampfs import metrics, registry
 from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
@@ -419,6 +419,8 @@ async def _serve(mount: Mount, env: Mapping[str, str], nursery: trio.Nursery, on
         mount.stop.set()  # unmounted from outside
 
     try:
+        if settings.metrics_port is not None:
+            await metrics.serve(settings.metrics_port, lambda: metrics.render(mount.status()), nursery)
         nursery.start_soon(Control(listener, mount.commands()).run)
         nursery.start_soon(_signals, mount)
         nursery.start_soon(serve_kernel)

@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from swampfs import __version__
+from swampfs import __version__, metrics
 from swampfs.datastore import Datastore
 from swampfs.errors import UsageError
 from swampfs.foreign import ForeignNamespaces
@@ -110,6 +110,7 @@ class Mount:
             owner,
             {
                 "status.json": lambda: document(self.status()),
+                "metrics": lambda: metrics.render(self.status()),
                 "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
                 "locks": lambda: records(self.sync.leases.as_json()),
                 "errors": lambda: lines(self._errors()),

@@ -134,6 +134,7 @@ class MountSettings:
     fast_lane: bool = True
     passthrough: bool = True
     kernel_options: frozenset[str] = frozenset()
+    metrics_port: int | None = None
     trace_file: str | None = None
 
 

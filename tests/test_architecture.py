@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"fuse"},
     {"registry", "control"},
     {"foreign"},
+    {"metrics"},
     {"running"},
     {"mount"},
     {"cli"},

@@ -107,6 +107,8 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--xattrs", is_flag=True, envvar="SWAMPFS_XATTRS",
               help="Answer user.swamp.state, sha256, version, model and error to getfattr(1).")  # fmt: skip
 @click.option("-o", "options", multiple=True, metavar="K=V,…", help="The same settings in mount(8) form.")
+@click.option("--metrics-port", envvar="SWAMPFS_METRICS_PORT", type=click.IntRange(1, 65535),
+              help="Serve /metrics for Prometheus at this port of 127.0.0.1.")  # fmt: skip
 @click.option("--fake", is_flag=True, hidden=True)
 @click.option("--log-file", envvar="SWAMPFS_LOG_FILE", type=click.Path(path_type=Path),
               help="Log of a background mount.  [default: swampfs.log in the state directory]")  # fmt: skip
@@ -302,6 +304,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         fast_lane=flags["fast_lane"] == "on",
         passthrough=flags["passthrough"] == "on",
         kernel_options=frozenset(flags.get("kernel_options", ())),
+        metrics_port=flags["metrics_port"],
         trace_file=str(Path(flags["trace_file"]).absolute()) if flags["trace_file"] else None,
     )
 
