@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +25,11 @@ from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
 from swampfs.fs.xattrs import PREFIX, Xattrs
-from swampfs.names import RelPath, lease_path, rel_path
+from swampfs.names import RelPath, lease_path, model_of, rel_path
 from swampfs.settings import MountSettings
 from swampfs.sync.service import SyncService
+
+_MOST_MODELS = 20
 
 
 @dataclass(slots=True)
@@ -80,6 +83,7 @@ class Mount:
             "hydrated": totals["clean"] + totals["dirty"],
             "dirty": len(pending),
             "pending": [self._shown(path) for path in pending[:100]],
+            "pendingByModel": dict(Counter(map(_place, pending)).most_common(_MOST_MODELS)),
             "locks": self.sync.leases.as_json(),
             "lostLocks": self.sync.leases.lost,
             "offline": self.sync.leases.reach.lost_since is not None or silent_s is not None,
@@ -259,3 +263,9 @@ class Mount:
             "info": info,
             "explain": explain,
         }
+
+
+def _place(path: str) -> str:
+    """What a change is counted under: its model, or the first directory of what belongs to none."""
+    model = model_of(RelPath(path))
+    return path.partition("/")[0] if model is None else str(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -85,14 +86,20 @@ def _wait_for_exit(pid: int) -> None:
 
 @click.command()
 @click.argument("mountpoint", type=FILE_NAME, required=False)
-@click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
-def status(mountpoint: str | None, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Every field, as JSON; with --watch an object per line.")
+@click.option("--watch", is_flag=True, help="Go on showing it, until interrupted.")
+@click.option("--every", callback=seconds, default="1s", show_default=True, help="How often, with --watch.")
+def status(mountpoint: str | None, as_json: bool, watch: bool, every: float) -> None:
     """Show the health of a mount: backend, sizes, what is pending, last error.
 
     \b
     Example: swampfs status --json ~/repo/.swamp
     """
-    answer = ask(pick(mountpoint), {"cmd": "status"})
+    registration = pick(mountpoint)
+    if watch:
+        _watch(registration, as_json, every)
+        return
+    answer = ask(registration, {"cmd": "status"})
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
@@ -110,6 +117,21 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         click.echo(f"  conflicts  {answer['conflicts']} kept in {answer['stateDir']}/state/conflicts")
     for finding in answer["findings"][:10]:
         click.echo(f"  finding    {finding['path']!r}: {finding['detail']}")
+
+
+def _watch(registration: registry.Registration, as_json: bool, every_s: float) -> None:
+    from rich.console import Console
+
+    from swampfs.cli import screen
+
+    def status() -> dict[str, Any]:
+        return ask(registration, {"cmd": "status"})
+
+    with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
+        while as_json:
+            click.echo(json.dumps(status(), ensure_ascii=False))
+            time.sleep(every_s)
+        screen.watch(status, every_s, Console())
 
 
 def by_mount(paths: Sequence[str]) -> dict[registry.Registration, list[str]]:
