@@ -12,7 +12,7 @@ from swampfs.fs.attributes import LOCAL_BASE, Attributes, Caller, as_stored
 from swampfs.fs.handles import CHANGING
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
-from swampfs.records import Change, Residency
+from swampfs.records import Change, Node, Residency
 
 
 class Immediate:
@@ -42,14 +42,22 @@ class Immediate:
             return None
         return fs.make(directory, path, mode, flags, caller)
 
+    def mkdir(self, parent: int, name: str, mode: int, caller: Caller) -> Attributes | None:
+        """A directory whose lock, and that of what is to be in it, is held."""
+        fs = self._fs
+        directory, path = fs.place(parent, name)
+        if directory is not None and not fs.guard.lets(path, f"{path}/"):
+            return None
+        return fs.make_directory(directory, path, mode, caller)
+
     def setattr(self, ino: int, change: Change) -> Attributes | None:
-        """Of a file of the datastore; its size only where the content is here and surely whole."""
+        """Of what is in the datastore; a size only where the content is here and surely whole."""
         fs = self._fs
         ino = fs.inodes.resolve(ino)
         if fs.is_read_only or ino >= LOCAL_BASE or ino in fs.inodes.orphans:
             return None
         node = fs.sync.catalog.node(ino)
-        if node is None or node.is_dir:
+        if node is None or (node.is_dir and not self._may_change_directory(node, change)):
             return None
         if change.size is not None:
             if node.residency is not Residency.DIRTY or node.links > 1 or not fs.guard.lets(node.path):
@@ -57,6 +65,10 @@ class Immediate:
             fs.files.truncate(node, change.size)
         fs.tree.set_attributes(node, as_stored(change, fs.owner))
         return fs.getattr(ino)
+
+    def _may_change_directory(self, node: Node, change: Change) -> bool:
+        is_free = not change.is_of_access or not node.path or self._fs.guard.lets(node.path)
+        return change.size is None and is_free
 
     def is_listing_cacheable(self, ino: int) -> bool:
         """Whether the kernel may keep what it reads of a directory: nothing appears in it without its being told."""

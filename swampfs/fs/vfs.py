@@ -247,9 +247,14 @@ class FileSystem:
 
     async def mkdir(self, parent: int, name: str, mode: int, caller: Caller) -> Attributes:
         directory, path = await self._place_for_writing(parent, name, caller, within=True)
+        return self.make_directory(directory, path, mode, caller)
+
+    def make_directory(self, directory: Node | None, path: RelPath, mode: int, caller: Caller) -> Attributes:
+        """A new one where :meth:`place` says; its lock is held."""
         if directory is None:
             found = self._local.mkdir(path, mode, caller.owner)
         else:
+            name = path.rpartition("/")[2]
             found = self.files.attributes(self.tree.mkdir(directory, name, mode, self._owner_of(caller)))
         self.inodes.looked_up(found.ino)
         return found

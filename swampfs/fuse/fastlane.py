@@ -116,6 +116,7 @@ class FastLane:
             Op.READ: self._read,
             Op.RELEASE: self._release,
             Op.CREATE: self._create,
+            Op.MKDIR: self._mkdir,
             Op.WRITE: self._write,
             Op.SETATTR: self._setattr,
             Op.INTERRUPT: self._interrupt,
@@ -198,8 +199,8 @@ class FastLane:
 
     def _note(self, request: kernel.Request, length: int, number: int, error: Exception) -> None:
         """Keep why, for whoever asks."""
-        is_name = request.opcode == Op.CREATE
-        name = bytes(self._view[_HEAD + kernel.CREATE_IN.size : length - 1]) if is_name else None
+        begins = {Op.CREATE: kernel.CREATE_IN.size, Op.MKDIR: kernel.MKDIR_IN.size}.get(Op(request.opcode))
+        name = None if begins is None else bytes(self._view[_HEAD + begins : length - 1])
         self._fs.failures.note(kernel.name_of(request.opcode).lower(), request.ino, name, number, error)
 
     def _number(self, error: Exception) -> int:
@@ -439,6 +440,15 @@ class FastLane:
             return LATER
         number, found = made
         return kernel.entry(found, _valid_s(found.ino)) + self._opened(number, found.ino)
+
+    def _mkdir(self, request: kernel.Request, body: memoryview) -> bytes | None:
+        mode, umask = kernel.MKDIR_IN.unpack_from(body)
+        try:
+            name = bytes(body[kernel.MKDIR_IN.size : -1]).decode()
+        except UnicodeDecodeError:
+            return LATER
+        found = self._now.mkdir(request.ino, name, mode & ~umask, Caller(request.uid, request.gid, request.pid))
+        return LATER if found is None else kernel.entry(found, _valid_s(found.ino))
 
     def _write(self, request: kernel.Request, body: memoryview) -> bytes | None:
         number, offset, size = kernel.RANGE.unpack_from(body)

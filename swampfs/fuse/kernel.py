@@ -25,6 +25,7 @@ RELEASE_IN = struct.Struct("=Q")
 WRITE_IN = struct.Struct("=QQIIQII")  # handle, offset, size, flags, lock owner, open flags, -; the bytes follow
 RANGE = struct.Struct("=QQI")  # what it, and a request to read, begins with
 WRITE_OUT = struct.Struct("=II")
+MKDIR_IN = struct.Struct("=II")  # mode, umask; the name follows
 CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open flags; the name follows
 SETATTR_IN = struct.Struct("=IIQQQqqqIIIIIIII")
 HANDLE = struct.Struct("=Q")

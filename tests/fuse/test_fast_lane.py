@@ -89,6 +89,22 @@ def test_a_long_listing_of_ten_thousand_is_less_than_a_hundred_requests(mounted)
     assert sum(asked().values()) <= 100, asked()
 
 
+def test_an_archive_is_unpacked_without_pyfuse3(mounted, tmp_path):
+    machine = mounted([("files/old", b"old")])
+    for number in range(20):
+        (tmp_path / f"source/{number}/1").mkdir(parents=True)
+        (tmp_path / f"source/{number}/1/raw").write_bytes(b"x" * 4096)
+    subprocess.run(["tar", "-cf", tmp_path / "archive", "-C", tmp_path / "source", "."], check=True)
+    (machine.path / "files/first").touch()  # takes the lock
+    (machine.path / "files/new").mkdir()
+    before = Counter(machine.status()["upcalls"]["passed"])
+    subprocess.run(["tar", "-xf", tmp_path / "archive", "-C", machine.path / "files/new"], check=True)
+    passed = Counter(machine.status()["upcalls"]["passed"]) - before
+    assert not passed.keys() - {"GETXATTR"}, passed  # which is asked once, to be told that there are none
+    assert (machine.path / "files/new/7/1/raw").read_bytes() == b"x" * 4096
+    assert (machine.path / "files/new/7").stat().st_mode == (tmp_path / "source/7").stat().st_mode
+
+
 def test_large_local_files_are_read_by_the_kernel_alone(mounted):
     machine = mounted([("files/large", LARGE)])
     path = machine.path / "files/large"
