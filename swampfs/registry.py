@@ -10,13 +10,16 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from swampfs.errors import NotMountedError
 from swampfs.settings import user_data_dir
+
+_LOOK_S = 0.2  # at what happens meanwhile
 
 
 class Registration(NamedTuple):
@@ -94,17 +97,32 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def request(registration: Registration, message: Mapping[str, object], timeout_s: float) -> dict[str, object]:
-    """Ask a mount something over its control socket. Raises NotMountedError if it does not answer."""
+def request(
+    registration: Registration,
+    message: Mapping[str, object],
+    timeout_s: float,
+    meanwhile: Callable[[], None] | None = None,
+) -> dict[str, object]:
+    """Ask a mount something over its control socket; ``meanwhile`` is called now and then until it answers.
+
+    Raises NotMountedError if it does not answer.
+    """
+    until = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s)
+        client.settimeout(timeout_s if meanwhile is None else min(_LOOK_S, timeout_s))
         try:
             with short_socket_path(Path(registration.socket)) as address:
                 client.connect(address)
             client.sendall(json.dumps(message).encode() + b"\n")
             answer = b""
             while not answer.endswith(b"\n"):
-                chunk = client.recv(65536)
+                try:
+                    chunk = client.recv(65536)
+                except TimeoutError:
+                    if meanwhile is None or time.monotonic() >= until:
+                        raise
+                    meanwhile()
+                    continue
                 if not chunk:
                     break
                 answer += chunk

@@ -255,7 +255,11 @@ class Mount:
                 raise UsageError("that is in another namespace", remedy="name a path of the bound one")
             return self.explain(paths[0])
 
+        async def progress(_: Mapping[str, Any]) -> dict[str, Any]:
+            return {"hydrate": self.keeping.progress(), "pending": len(self.writeback.pending())}
+
         return {
+            "progress": progress,
             "hydrate": hydrate,
             "evict": evict,
             "pin": pin,

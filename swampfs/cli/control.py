@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,29 @@ def where(text: str) -> Path:
     return Path(os.path.realpath(head)) / tail if tail else Path(head)
 
 
-def ask(registration: registry.Registration, message: dict[str, Any], timeout_s: float = _ANSWER_S) -> dict[str, Any]:
-    """Send a request; an error in the answer ends the command with the mount's words and exit code."""
-    answer = registry.request(registration, message, timeout_s)
+def ask(
+    registration: registry.Registration,
+    message: dict[str, Any],
+    timeout_s: float = _ANSWER_S,
+    *,
+    shows: str | None = None,
+) -> dict[str, Any]:
+    """Send a request; an error in the answer ends the command with the mount's words and exit code.
+
+    ``shows``: whose progress to show meanwhile (:func:`swampfs.cli.progress.shown`).
+    """
+    with contextlib.ExitStack() as at_end:
+        shown: list[Callable[[], None]] = []
+
+        def meanwhile() -> None:
+            if shows is not None:
+                if not shown:  # what draws is not worth its import for what takes a moment
+                    from swampfs.cli import progress
+
+                    shown.append(at_end.enter_context(progress.shown(registration, shows)))
+                shown[0]()
+
+        answer = registry.request(registration, message, timeout_s, meanwhile)
     if "error" in answer:
         click.echo(f"swampfs: {answer['error']}", err=True)
         sys.exit(int(str(answer.get("exitCode", 2))))
@@ -62,7 +82,7 @@ def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
     registration = registry.find(os.environ, path)
     if Path(registration.mountpoint) != path:
         raise NotMountedError(f"{path} is inside the mount at {registration.mountpoint}", remedy="name that directory")
-    ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+    ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S, shows="push")
     mountpoints.unmount(str(path))
     _wait_for_exit(registration.pid)
 
@@ -170,7 +190,8 @@ def flush(paths: tuple[str, ...], timeout: float) -> None:
     Example: swampfs flush ~/repo/.swamp/data
     """
     if not paths:
-        ask(pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S)
+        ask(pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S, shows="push")
         return
     for registration, relatives in by_mount(paths).items():
-        ask(registration, {"cmd": "flush", "paths": relatives, "timeout": timeout}, timeout + _ANSWER_S)
+        message = {"cmd": "flush", "paths": relatives, "timeout": timeout}
+        ask(registration, message, timeout + _ANSWER_S, shows="push")

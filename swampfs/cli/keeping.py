@@ -16,11 +16,11 @@ from swampfs.errors import EXIT_SYSTEM
 _LONGEST_S = 7 * 24 * 3600.0
 
 
-def _each_mount(paths: Sequence[str], cmd: str) -> dict[str, Any]:
-    """Send a command for paths of any mounts; counts are added up."""
+def _each_mount(paths: Sequence[str], cmd: str, *, shows: str | None = None) -> dict[str, Any]:
+    """Send a command for paths of any mounts; counts are added up. ``shows`` as of :func:`ask`."""
     total: dict[str, Any] = {}
     for registration, relatives in by_mount(paths).items():
-        for name, value in ask(registration, {"cmd": cmd, "paths": relatives}, _LONGEST_S).items():
+        for name, value in ask(registration, {"cmd": cmd, "paths": relatives}, _LONGEST_S, shows=shows).items():
             total[name] = total[name] + value if isinstance(total.get(name), int) else value
     return total
 
@@ -42,7 +42,7 @@ def hydrate(paths: tuple[str, ...]) -> None:
     \b
     Example: swampfs hydrate ~/repo/.swamp/outputs
     """
-    _fetched(_each_mount(paths, "hydrate"))
+    _fetched(_each_mount(paths, "hydrate", shows="hydrate"))
 
 
 @click.command()
@@ -66,7 +66,7 @@ def pin(paths: tuple[str, ...]) -> None:
     \b
     Example: swampfs pin ~/repo/.swamp/data/aws/ec2/vpc
     """
-    _fetched(_each_mount(paths, "pin"))
+    _fetched(_each_mount(paths, "pin", shows="hydrate"))
 
 
 @click.command()

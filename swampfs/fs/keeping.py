@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from swampfs.errors import SwampfsError
@@ -24,6 +25,16 @@ _PIN = "pin"
 _TOLD = 20  # failures, by name
 
 
+@dataclass(slots=True, eq=False)
+class Job:
+    """Content that is being fetched because somebody asked for it."""
+
+    files: int
+    bytes: int
+    files_done: int = 0
+    bytes_done: int = 0
+
+
 class Keeping:
     """Of one mount. ``look_s``: how often it is seen whether others changed what is pinned."""
 
@@ -32,8 +43,18 @@ class Keeping:
         self._cache = cache
         self._look_s = look_s
         self._pins = set(sync.catalog.facts(_PIN))
+        self._jobs: list[Job] = []
         self._seen: Watermark | None = None  # of the index, when all that was pinned was here
         cache.is_pinned = self.is_pinned
+
+    def progress(self) -> dict[str, int]:
+        """Of all that is being fetched now, together."""
+        return {
+            "files": sum(job.files for job in self._jobs),
+            "bytes": sum(job.bytes for job in self._jobs),
+            "filesDone": sum(job.files_done for job in self._jobs),
+            "bytesDone": sum(job.bytes_done for job in self._jobs),
+        }
 
     @property
     def pins(self) -> list[str]:
@@ -51,6 +72,8 @@ class Keeping:
         """Bring content here. Returns how many files and bytes came, and why others did not."""
         came: list[Node] = []
         failed: dict[str, str] = {}
+        stubs = [node for node in self._files(paths) if node.residency is Residency.STUB and node.base is not None]
+        job = Job(len(stubs), sum(node.size for node in stubs))
 
         async def one(node: Node) -> None:
             try:
@@ -58,9 +81,14 @@ class Keeping:
                 came.append(node)
             except (SwampfsError, OSError) as error:
                 failed[node.path] = error.line() if isinstance(error, SwampfsError) else str(error)
+            job.files_done += 1
+            job.bytes_done += node.size
 
-        stubs = [node for node in self._files(paths) if node.residency is Residency.STUB and node.base is not None]
-        await for_each(stubs, one, at_once=_AT_ONCE)
+        self._jobs.append(job)
+        try:
+            await for_each(stubs, one, at_once=_AT_ONCE)
+        finally:
+            self._jobs.remove(job)
         self._sync.announce([TreeChange(node.parent, "", node.ino) for node in came])  # they have blocks now
         told = dict(sorted(failed.items())[:_TOLD])
         return {"files": len(came), "bytes": sum(node.size for node in came), "failed": len(failed), "errors": told}
