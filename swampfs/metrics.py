@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
 _REQUEST_S = 5.0
+_AT_ONCE = 8  # connections: each is a descriptor of the mount's
+_FRESH_S = 1.0
 _LONGEST = 8192  # bytes of a request
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -33,7 +36,8 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
             yield f"# HELP swampfs_{name} {help_text}\n# TYPE swampfs_{name} {kind}\n"
         for labels, value in known:
             told = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
-            yield f"swampfs_{name}{{{told}}} {value:g}\n" if told else f"swampfs_{name} {value:g}\n"
+            number = str(int(value)) if isinstance(value, int) else repr(float(value))
+            yield f"swampfs_{name}{{{told}}} {number}\n" if told else f"swampfs_{name} {number}\n"
 
 
 def _families(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Samples]]:
@@ -98,20 +102,45 @@ async def serve(port: int, text: Callable[[], str], nursery: trio.Nursery) -> in
         raise SettingsError(
             f"metrics cannot be served at {_HOST}:{port}: {error.strerror}", remedy="pass another --metrics-port"
         ) from None
-    nursery.start_soon(trio.serve_listeners, partial(_answer, text), listeners)
+    nursery.start_soon(trio.serve_listeners, partial(_answer, _Recent(text), trio.CapacityLimiter(_AT_ONCE)), listeners)
     return int(listeners[0].socket.getsockname()[1])
 
 
-async def _answer(text: Callable[[], str], stream: trio.SocketStream) -> None:
-    """One request, one answer; whoever is slow, rude or away is left alone."""
+class _Recent:
+    """A text that is made anew only once a second, however many ask."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        self._text = text
+        self._made_at = float("-inf")
+        self._said = ""
+
+    def __call__(self) -> str:
+        if time.monotonic() - self._made_at >= _FRESH_S:
+            self._said, self._made_at = self._text(), time.monotonic()
+        return self._said
+
+
+async def _answer(text: Callable[[], str], turns: trio.CapacityLimiter, stream: trio.SocketStream) -> None:
+    """One request, one answer; whoever is slow, rude, away, or one too many, is left alone."""
     async with stream:
-        with trio.move_on_after(_REQUEST_S):
-            try:
-                await stream.send_all(_reply(await _head(stream), text))
-            except trio.BrokenResourceError:
-                return
-            except Exception:  # a task that fails takes the mount down
-                log.exception("a request for metrics failed")
+        try:
+            turns.acquire_nowait()
+        except trio.WouldBlock:
+            return
+        try:
+            await _converse(text, stream)
+        finally:
+            turns.release()
+
+
+async def _converse(text: Callable[[], str], stream: trio.SocketStream) -> None:
+    with trio.move_on_after(_REQUEST_S):
+        try:
+            await stream.send_all(_reply(await _head(stream), text))
+        except trio.BrokenResourceError:
+            return
+        except Exception:  # a task that fails takes the mount down
+            log.exception("a request for metrics failed")
 
 
 def _reply(head: bytes, text: Callable[[], str]) -> bytes:

@@ -66,6 +66,8 @@ def lock_state_dir(directory: Path) -> int:
 
     Raises StateBusyError, or SettingsError if the directory cannot be made.
     """
+    if _is_taken(directory):
+        raise SettingsError(f"{directory} is no state directory, and not empty", remedy="pass another --state-dir")
     try:
         (directory / "state").mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(directory, 0o700)
@@ -83,6 +85,15 @@ def lock_state_dir(directory: Path) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def _is_taken(directory: Path) -> bool:
+    """Whether it has files that are not ours: it would be closed to all others."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return False  # there is none, or it cannot be used, which is said in a moment
+    return bool(names) and "state" not in names and not all(name.endswith((".log", ".jsonl")) for name in names)
 
 
 def check_places(settings: MountSettings, env: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ import trio
 
 from swampfs import __version__, metrics
 from swampfs.datastore import Datastore
-from swampfs.errors import UsageError
+from swampfs.errors import HostileNameError, UsageError
 from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
@@ -30,6 +30,7 @@ from swampfs.settings import MountSettings
 from swampfs.sync.service import SyncService
 
 _MOST_MODELS = 20
+_COUNTED = 5000  # changes by model: more of them would hold the loop up
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class Mount:
             "hydrated": totals["clean"] + totals["dirty"],
             "dirty": len(pending),
             "pending": [self._shown(path) for path in pending[:100]],
-            "pendingByModel": dict(Counter(map(_place, pending)).most_common(_MOST_MODELS)),
+            "pendingByModel": dict(Counter(map(_place, pending[:_COUNTED])).most_common(_MOST_MODELS)),
             "locks": self.sync.leases.as_json(),
             "lostLocks": self.sync.leases.lost,
             "offline": self.sync.leases.reach.lost_since is not None or silent_s is not None,
@@ -119,12 +120,13 @@ class Mount:
                 "locks": lambda: records(self.sync.leases.as_json()),
                 "errors": lambda: lines(self._errors()),
             },
+            private=self.settings.allow_other,
         )
 
     def _errors(self) -> list[str]:
         """What is wrong now, then what failed lately, the latest last."""
         now = [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
-        return now + [failure.line() for failure in self.fs.failures.recent()]
+        return now + [one._replace(path=self._shown(one.path)).line() for one in self.fs.failures.recent()]
 
     def _shown(self, path: str) -> str:
         """A path of the bound namespace, as this mount shows it."""
@@ -173,15 +175,22 @@ class Mount:
             "lockHolder": holders[0] if holders else None,
         }
 
-    def explain(self, path: RelPath) -> dict[str, Any]:
-        """What failed there last, and what may be in the way now."""
-        failure = self.fs.failures.of(path)
-        lock = lease_path(path)
+    def explain(self, text: str) -> dict[str, Any]:
+        """What failed there last, whether it is over, what may be in the way now. ``text`` may be no path at all."""
+        failure = self.fs.failures.of(text)
+        told = None if failure is None else {**failure.as_json(), "path": self._shown(text)}
+        try:
+            path = rel_path(text) if text else RelPath("")
+        except HostileNameError as error:
+            return {"path": self._shown(text), "failure": told, "impossible": error.line(), "isOver": False}
+        node, lock = self.sync.catalog.at(path), lease_path(path)
         kept = [report["path"] for report in self.sync.cache.conflict_reports()]
         return {
             "path": self._shown(path),
-            "info": self.info(path) if self.sync.catalog.at(path) is not None else None,
-            "failure": None if failure is None else {**failure.as_json(), "path": self._shown(path)},
+            "info": self.info(path) if node is not None else None,
+            "isLocal": node is None and bool(text) and self.fs.lookup_exists(path),
+            "failure": told,
+            "isOver": failure is not None and node is not None and failure.is_over(node),
             "unread": self.sync.hydrator.failures.get(path),
             "change": op.value if (op := self.sync.journal.op(path)) is not None else None,
             "isOpen": self.sync.is_open(path),
@@ -250,10 +259,12 @@ class Mount:
             return self.info(path)
 
         async def explain(message: Mapping[str, Any]) -> dict[str, Any]:
-            paths = self._own_paths(message["paths"])
-            if not paths:
-                raise UsageError("that is in another namespace", remedy="name a path of the bound one")
-            return self.explain(paths[0])
+            text, own = str(message["path"]), self.settings.source.namespace
+            if self.foreign is not None:
+                if text != own and not text.startswith(f"{own}/"):
+                    raise UsageError("that is in another namespace", remedy="name a path of the bound one")
+                text = text.removeprefix(own).removeprefix("/")
+            return self.explain(text)
 
         async def progress(_: Mapping[str, Any]) -> dict[str, Any]:
             return {"hydrate": self.keeping.progress(), "pending": len(self.writeback.pending())}

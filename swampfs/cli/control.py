@@ -16,11 +16,12 @@ import click
 from swampfs import registry
 from swampfs.cli.mount import seconds
 from swampfs.cli.words import FILE_NAME
-from swampfs.errors import NotMountedError, SwampfsError
+from swampfs.errors import NotMountedError, SwampfsError, UsageError
 from swampfs.fuse import mountpoint as mountpoints
 
 _ANSWER_S = 10.0
 _EXIT_S = 15.0
+_SHORTEST_S = 0.1  # between two looks
 
 
 def where(text: str) -> Path:
@@ -115,6 +116,8 @@ def status(mountpoint: str | None, as_json: bool, watch: bool, every: float) -> 
     \b
     Example: swampfs status --json ~/repo/.swamp
     """
+    if every < _SHORTEST_S:
+        raise UsageError(f"--every must be {_SHORTEST_S:g}s or longer")
     registration = pick(mountpoint)
     if watch:
         _watch(registration, as_json, every)
@@ -151,7 +154,7 @@ def _watch(registration: registry.Registration, as_json: bool, every_s: float) -
         while as_json:
             click.echo(json.dumps(status(), ensure_ascii=False))
             time.sleep(every_s)
-        screen.watch(status, every_s, Console())
+        screen.watch(status, every_s, Console(markup=False, emoji=False, highlight=False))
 
 
 def by_mount(paths: Sequence[str]) -> dict[registry.Registration, list[str]]:

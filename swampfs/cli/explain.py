@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from swampfs.cli.control import ask, by_mount
-from swampfs.cli.words import FILE_NAME
+from swampfs.cli.words import FILE_NAME, printable
 
 _STEPS = {
     "EBUSY": "another machine holds the lock: wait and try again; `swampfs lock status` says who, and "
@@ -37,40 +37,48 @@ def explain(path: str, as_json: bool) -> None:
     Example: swampfs explain ~/repo/.swamp/data/aws/ec2/vpc/1/raw
     """
     ((registration, relatives),) = by_mount([path]).items()
-    answer = ask(registration, {"cmd": "explain", "paths": relatives})
+    answer = ask(registration, {"cmd": "explain", "path": relatives[0]})
     answer["now"] = list(steps(answer))
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
-    click.echo(f"{answer['path'] or '.'}: {_headline(answer)}")
+    lines = [f"{answer['path'] or '.'}: {_headline(answer)}"]
     failure = answer["failure"]
     if failure is not None:
         again = f", {failure['times']} times since {failure['since']}" if failure["times"] > 1 else ""
-        click.echo(f"  when    {failure['at']}{again}")
-        click.echo(f"  why     {failure['why']}")
-    for step in answer["now"]:
-        click.echo(f"  now     {step}")
+        lines += [f"  when    {failure['at']}{again}", f"  why     {failure['why']}"]
+    for text in (*lines, *(f"  now     {step}" for step in answer["now"])):
+        click.echo(printable(text))
 
 
 def _headline(facts: dict[str, Any]) -> str:
-    failure, info = facts["failure"], facts["info"]
+    failure = facts["failure"]
+    if "impossible" in facts:
+        return str(facts["impossible"])
     if failure is not None:
-        return f"{failure['operation']} failed: {failure['errno']}"
+        over = ", and was done since" if facts["isOver"] else ""
+        return f"{failure['operation']} failed: {failure['errno']}{over}"
+    if facts["isLocal"]:
+        return "nothing failed lately; it is of this machine only, and never published"
+    info = facts["info"]
     state = "is not there" if info is None else f"is here ({info.get('state') or info['kind']})"
     return f"nothing failed lately; it {state}"
 
 
 def steps(facts: dict[str, Any]) -> Iterator[str]:
     """What is in the way now, each with the next step; one line if nothing is."""
+    if "impossible" in facts:
+        yield _STEPS["EINVAL"]
+        return
     told = False
     for step in (*_of_content(facts), *_of_change(facts)):
         told = True
         yield step
-    failure = facts["failure"]
+    failure = None if facts["isOver"] else facts["failure"]
     if failure is not None and failure["errno"] in _STEPS and not told:
         yield _STEPS[failure["errno"]]
     elif not told:
-        yield ("nothing is in the way" if failure is None else "try again; should it fail again, see `swampfs status`")
+        yield "nothing is in the way" if failure is None else "try again; should it fail again, see `swampfs status`"
 
 
 def _of_content(facts: dict[str, Any]) -> Iterator[str]:
@@ -91,7 +99,7 @@ def _of_content(facts: dict[str, Any]) -> Iterator[str]:
 def _of_change(facts: dict[str, Any]) -> Iterator[str]:
     """Of a change that is not in the datastore yet."""
     for holder in facts["lockHolders"]:
-        if holder["state"] == "waiting":
+        if holder["state"] == "waiting" and holder["by"]:
             who = f"{holder['by']} (pid {holder['pid']} on {holder['hostname']})"
             yield f"{facts['lock']} is held by {who}: wait for it"
     if facts["change"] is None:
@@ -103,6 +111,6 @@ def _of_change(facts: dict[str, Any]) -> Iterator[str]:
     elif facts["waitsForLock"]:
         yield f"it is changed, and pushed when {facts['waitsForLock']}, which another machine holds, is free"
     elif facts["pushError"]:
-        yield f"it is changed and cannot be pushed yet: {facts['pushError']}"
+        yield f"it is changed, and pushes fail at present: {facts['pushError']}"
     else:
         yield "it is changed, and will be pushed in a moment; `swampfs flush` waits for that"

@@ -6,7 +6,6 @@ mount.swampfs SOURCE DIRECTORY [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from typing import NoReturn
 
@@ -23,10 +22,11 @@ _USAGE = "usage: mount.swampfs SOURCE DIRECTORY [-sfnv] [-t TYPE] [-o OPTIONS]"
 @click.argument("source")
 @click.argument("directory", type=FILE_NAME)
 @click.option("-o", "options", multiple=True, metavar="K=V,…", help="Flags of `swampfs mount`, and those of mount(8).")
-@click.option("-f", "fake", is_flag=True, help="Check everything, and mount nothing.")
+@click.option("-f", "fake", is_flag=True, help="Look at source and options, and mount nothing.")
 @click.option("-v", "verbose", is_flag=True, help="Say what is done.")
 @click.option("-s", "sloppy", is_flag=True, help="Ignored.")
 @click.option("-n", "no_mtab", is_flag=True, help="Ignored: there is no mtab to write.")
+@click.option("-N", "within", help="Ignored: mount(8) has entered the namespace by then.")
 @click.option("-t", "kind", help="Ignored: the type mount(8) was called with.")
 def helper(
     source: str, directory: str, options: tuple[str, ...], *, fake: bool, verbose: bool, **ignored: object
@@ -39,8 +39,8 @@ def helper(
     arguments = ["mount", *(word for group in options for word in ("-o", group)), "--", source, directory]
     if fake:
         arguments.insert(1, "--fake")
-    if verbose:
-        click.echo(f"swampfs {shlex.join(arguments)}", err=True)
+    if verbose:  # not what it is: a source may be refused for holding a secret
+        click.echo(f"mount.swampfs: mounting at {directory}", err=True)
     # The process that stays is started with these words again.
     sys.argv = ["swampfs", *arguments]
     swampfs()

@@ -27,7 +27,7 @@ _EXIT = (
 _FILES = (
     (".swamp.yaml", "of a repository: its datastore, if no SOURCE is given (key datastore: type and config)"),
     ("~/.swamp/swampfs/NAME-HASH", "state directory: what this machine keeps of one datastore, and its log"),
-    ("MOUNTPOINT/.swampfs", "status.json, stats.json, pending, locks, errors: what the mount says of itself"),
+    ("MOUNTPOINT/.swampfs", "status.json, metrics, pending, locks, errors: what the mount says of itself"),
 )
 _ENVIRONMENT = (
     ("SWAMP_DATASTORE", "The datastore, if no SOURCE is given: s3:BUCKET/PREFIX, filesystem:DIR, TYPE:JSON, or a URL."),
@@ -103,8 +103,8 @@ def _of_mount(mount: click.Command) -> Iterator[str]:
         "Called by mount(8). SOURCE is s3://bucket/prefix, gs://bucket/prefix, file:///dir or the directory of a "
         "repository. Each option is a flag of `swampfs mount`, with or without a value; - and _ mean the same. Of "
         "mount(8)'s own, ro, noexec and noatime are obeyed; rw, _netdev, nofail, x-… and others change nothing; "
-        "nosuid and nodev hold always; remount is refused. Flags: -f checks and mounts nothing, -v says what is done, "
-        "-s and -n are ignored."
+        "nosuid and nodev hold always; remount, sync and SELinux contexts are refused. Flags: -f looks at source and "
+        "options and mounts nothing, -v says where it mounts, -s, -n and -N are ignored."
     )
     yield ".SH OPTIONS"
     for option in _settings(mount):
@@ -140,7 +140,7 @@ def _settings(mount: click.Command) -> Iterator[click.Option]:
 def _options(command: click.Command, context: click.Context) -> Iterator[str]:
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None and parameter.name != "help":
+        if record is not None and "--help" not in parameter.opts:
             yield from (".TP", f".B {_text(record[0])}", _text(record[1]))
 
 

@@ -107,13 +107,13 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--xattrs", is_flag=True, envvar="SWAMPFS_XATTRS",
               help="Answer user.swamp.state, sha256, version, model and error to getfattr(1).")  # fmt: skip
 @click.option("-o", "options", multiple=True, metavar="K=V,…", help="The same settings in mount(8) form.")
-@click.option("--metrics-port", envvar="SWAMPFS_METRICS_PORT", type=click.IntRange(1, 65535),
+@click.option("--metrics-port", envvar="SWAMPFS_METRICS_PORT", type=click.IntRange(1, 65535), metavar="PORT",
               help="Serve /metrics for Prometheus at this port of 127.0.0.1.")  # fmt: skip
 @click.option("--fake", is_flag=True, hidden=True)
 @click.option("--log-file", envvar="SWAMPFS_LOG_FILE", type=click.Path(path_type=Path),
               help="Log of a background mount.  [default: swampfs.log in the state directory]")  # fmt: skip
 @click.option("--log-level", envvar="SWAMPFS_LOG_LEVEL", default="info", show_default=True,
-              type=click.Choice(["debug", "info", "warning", "error"]))  # fmt: skip
+              type=click.Choice(["debug", "info", "warning", "error"]), help="What is worth a line.")  # fmt: skip
 @click.option("--trace-file", envvar="SWAMPFS_TRACE_FILE", type=click.Path(),
               help="Append one JSON line per request to the datastore.")  # fmt: skip
 @click.pass_context
@@ -256,6 +256,8 @@ def _merge_options(ctx: click.Context, flags: dict[str, Any]) -> None:
             parameter = parameters.get(name)
             if parameter is None or name in ("options", "foreground", "fake"):
                 raise UsageError(f"unknown mount option {key!r}", remedy="`swampfs mount --help` lists them")
+            if has_value and (not value or '"' in value):
+                raise UsageError(f"the mount option {key!r} has the value {value!r}", remedy="write it without quotes")
             if parameter.is_flag == bool(has_value):
                 what = "takes no value" if parameter.is_flag else "needs a value"
                 raise UsageError(f"the mount option {key!r} {what}")

@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swampfs.cli.words import printable
+
 Status = Mapping[str, Any]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -32,7 +34,7 @@ def watch(ask: Callable[[], Status], every_s: float, console: Console) -> None:
     before, asked_at = ask(), time.monotonic()
     if not console.is_terminal:
         while True:
-            console.print(line(before), soft_wrap=True, highlight=False)
+            console.print(line(before), soft_wrap=True)
             time.sleep(every_s)
             before = ask()
     with Live(screen(before, before, every_s), console=console, auto_refresh=False) as live:
@@ -47,7 +49,7 @@ def watch(ask: Callable[[], Status], every_s: float, console: Console) -> None:
 def line(status: Status) -> str:
     """One status in one line."""
     health = "healthy" if status["healthy"] else "NOT HEALTHY"
-    why = f": {status['lastError']}" if status["lastError"] else ""
+    why = f": {printable(status['lastError'])}" if status["lastError"] else ""
     return (
         f"{time.strftime('%H:%M:%S')} {health} files {status['files']} here {status['hydrated']} "
         f"to push {status['dirty']} locks {len(status['locks'])} refreshed {_age(status)}{why}"
@@ -57,7 +59,7 @@ def line(status: Status) -> str:
 def screen(status: Status, before: Status, seconds: float) -> RenderableType:
     """``before``: the status of so many seconds ago, for what happened since."""
     healthy = Text("healthy", "bold green") if status["healthy"] else Text("NOT HEALTHY", "bold red")
-    title = Text.assemble(f"{status['source']} at {status['mountpoint']}  ", healthy)
+    title = Text.assemble(printable(f"{status['source']} at {status['mountpoint']}  "), healthy)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
@@ -71,15 +73,15 @@ def screen(status: Status, before: Status, seconds: float) -> RenderableType:
     table.add_row("cache", fill)
     table.add_row("open", f"{status['openFiles']} handles")
     table.add_row("to push", str(status["dirty"]))
-    for model, count in list(status["pendingByModel"].items())[:_ROWS]:
-        table.add_row("", f"{count:>6}  {model}")
+    for model, count in list(status.get("pendingByModel", {}).items())[:_ROWS]:
+        table.add_row("", f"{count:>6}  {printable(model)}")
     for lock in status["locks"][:_ROWS]:
-        who = f", held by {lock['by']} on {lock['hostname']}" if lock["state"] == "waiting" else ""
-        table.add_row("lock", f"{lock['lock']} ({lock['state']}{who})")
+        who = f", held by {lock['by']} on {lock['hostname']}" if lock["state"] == "waiting" and lock["by"] else ""
+        table.add_row("lock", printable(f"{lock['lock']} ({lock['state']}{who})"))
     if status["conflicts"]:
         table.add_row("conflicts", Text(f"{status['conflicts']}: `swampfs conflicts list`", "yellow"))
     if status["lastError"]:
-        table.add_row("error", Text(status["lastError"], "red"))
+        table.add_row("error", Text(printable(status["lastError"]), "red"))
     return Group(title, table)
 
 

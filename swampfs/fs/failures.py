@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -11,13 +13,25 @@ from cachetools import LRUCache
 from swampfs.errors import SwampfsError
 from swampfs.fs.inodes import Inodes
 from swampfs.names import join
-from swampfs.records import timestamp
+from swampfs.records import Node, Residency, timestamp
 from swampfs.state.catalog import Catalog
 
 _MOST = 1000  # paths
 ANSWERS = frozenset({errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EXDEV})
 ANSWERS |= {errno.ENODATA, errno.ENOSYS, errno.ENOTTY, errno.EOPNOTSUPP, errno.ELOOP}
 """Errors that are answers to ordinary questions: nobody asks why."""
+
+
+_OF_REQUESTS = {
+    errno.ETIMEDOUT: "its time was over before the datastore, or the holder of a lock, had answered",
+    errno.EILSEQ: "the name is not UTF-8",
+    errno.ENAMETOOLONG: "a name has at most 255 bytes",
+}
+
+_MAKING = ("create", "mkdir", "symlink", "mknod", "link")
+_READING = ("open", "read")
+
+log = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
@@ -30,6 +44,12 @@ class Failure(NamedTuple):
     at_ns: int
     first_ns: int
     times: int
+
+    def is_over(self, node: Node) -> bool:
+        """Whether it was done since, as far as can be seen of what has the name now."""
+        if self.operation in _MAKING or node.ctime_ns > self.at_ns:
+            return True
+        return self.operation in _READING and node.residency is not Residency.STUB
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -44,7 +64,7 @@ class Failure(NamedTuple):
 
     def line(self) -> str:
         told = self.as_json()
-        return f"{told['at']} {self.operation} {self.path}: {told['errno']}: {self.why}"
+        return f"{told['at']} {self.operation} {self.path!r}: {told['errno']}: {self.why}"
 
 
 class Failures:
@@ -56,25 +76,26 @@ class Failures:
         self._last: LRUCache[str, Failure] = LRUCache(_MOST)
 
     def note(self, operation: str, ino: int, name: bytes | None, code: int, error: Exception | None) -> None:
-        """An operation on an inode, or on a name in a directory, was answered with an error.
+        """An operation on an inode, or on a name in a directory, was answered with an error. Never raises.
 
-        ``error=None``: its time was over. Of what is in the local tier nothing is noted.
+        ``error=None``: of the request itself. Of what is in the local tier nothing is noted.
         """
         # What is there and cannot be opened has lost its object; a stale inode is looked up again by the kernel.
         is_answer = code in ANSWERS and not (code == errno.ENOENT and operation == "open")
         if is_answer or (code == errno.ESTALE and operation != "write"):
             return
-        node = self._catalog.node(self._inodes.resolve(ino))
+        try:
+            node = self._catalog.node(self._inodes.resolve(ino))
+        except Exception as unknown:  # it may be why the operation failed
+            log.debug("what failed has no name: %s", unknown)
+            return
         if node is None:
             return
         path = node.path if name is None else join(node.path, name.decode(errors="replace"))
-        why = "its time was over before the datastore, or the holder of a lock, had answered"
-        if error is not None:
-            why = error.line() if isinstance(error, SwampfsError) else str(error)
         now, before = time.time_ns(), self._last.get(path)
         again = before is not None and (before.operation, before.errno) == (operation, code)
         first, times = (before.first_ns, before.times + 1) if before is not None and again else (now, 1)
-        self._last[path] = Failure(path, operation, code, why, now, first, times)
+        self._last[path] = Failure(path, operation, code, _why(code, error), now, first, times)
 
     def of(self, path: str) -> Failure | None:
         return self._last.get(path)
@@ -82,3 +103,12 @@ class Failures:
     def recent(self) -> list[Failure]:
         """The latest last."""
         return sorted(self._last.values(), key=lambda failure: failure.at_ns)
+
+
+def _why(code: int, error: Exception | None) -> str:
+    """Without the names of this machine's own files."""
+    if isinstance(error, SwampfsError):
+        return error.line()
+    if isinstance(error, OSError):
+        return error.strerror or os.strerror(code)
+    return _OF_REQUESTS.get(code, os.strerror(code)) if error is None else f"unexpected {type(error).__name__}"

@@ -20,10 +20,11 @@ NAME = ".swampfs"
 
 
 class Views:
-    """``files``: name → what it says now."""
+    """``files``: name → what it says now. ``private``: they name what directories hide from other users."""
 
-    def __init__(self, owner: Owner, files: Mapping[str, Callable[[], str]]) -> None:
+    def __init__(self, owner: Owner, files: Mapping[str, Callable[[], str]], *, private: bool = False) -> None:
         self._owner = owner
+        self._others = 0o700 if private else 0o777
         self._files = dict(files)
         self._names = list(self._files)
         self._since_ns = time.time_ns()
@@ -36,9 +37,9 @@ class Views:
         """Of the directory, or of one of its files as it is now. Raises ESTALE."""
         if ino == VIEW_BASE:
             now = self._since_ns
-            return Attributes(ino, stat.S_IFDIR | 0o555, 2, *self._owner, 0, 0, now, now, now)
+            return Attributes(ino, stat.S_IFDIR | 0o555 & self._others, 2, *self._owner, 0, 0, now, now, now)
         now, size = time.time_ns(), len(self._content(ino))
-        return Attributes(ino, stat.S_IFREG | 0o444, 1, *self._owner, size, 0, now, now, now)
+        return Attributes(ino, stat.S_IFREG | 0o444 & self._others, 1, *self._owner, size, 0, now, now, now)
 
     def children(self) -> list[tuple[str, Attributes]]:
         return [(name, self.attributes(VIEW_BASE + 1 + at)) for at, name in enumerate(self._names)]

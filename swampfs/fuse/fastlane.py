@@ -52,6 +52,7 @@ _TRIES = 8  # looks in vain, after which it does not
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _CACHE_S = int(CACHE_S)
 _HEAD = kernel.REQUEST.size
+_NAMES_AT: dict[int, int] = {Op.LOOKUP: 0, Op.CREATE: kernel.CREATE_IN.size, Op.MKDIR: kernel.MKDIR_IN.size}
 _BYTES = kernel.WRITE_IN.size
 
 Handler = Callable[[kernel.Request, memoryview], bytes | None]
@@ -199,7 +200,7 @@ class FastLane:
 
     def _note(self, request: kernel.Request, length: int, number: int, error: Exception) -> None:
         """Keep why, for whoever asks."""
-        begins = {Op.CREATE: kernel.CREATE_IN.size, Op.MKDIR: kernel.MKDIR_IN.size}.get(Op(request.opcode))
+        begins = _NAMES_AT.get(request.opcode)
         name = None if begins is None else bytes(self._view[_HEAD + begins : length - 1])
         self._fs.failures.note(kernel.name_of(request.opcode).lower(), request.ino, name, number, error)
 

@@ -38,7 +38,7 @@ CACHE_S = 3600.0
 _BLOCK = 4096
 DOTS = 2  # positions of a directory before those of its entries
 LONGEST_NAME = 255
-_OF_HANDLES = ("read", "write", "flush", "fsync")
+_OF_HANDLES = ("read", "write", "flush", "fsync", "release")
 
 
 class Numbers(NamedTuple):
@@ -82,8 +82,8 @@ def handler(fn: F) -> F:
         try:
             return await fn(*args)
         except FUSEError as error:
-            if error.errno == errno.ETIMEDOUT:
-                args[0].failed(fn.__name__, args[1:], errno.ETIMEDOUT, None)
+            if error.errno in (errno.ETIMEDOUT, errno.EILSEQ, errno.ENAMETOOLONG):
+                args[0].failed(fn.__name__, args[1:], error.errno, None)
             raise
         except Exception as error:
             code = errno_of(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import urllib.error
@@ -9,6 +10,7 @@ import urllib.request
 
 import pytest
 
+from swampfs import metrics
 from tests.datastores import load_shards
 from tests.harness import wait_for
 
@@ -91,3 +93,33 @@ def test_a_port_that_is_taken_is_said_and_nothing_is_mounted(bucket, fleet, port
     assert f"127.0.0.1:{port}" in done.stderr
     assert "--metrics-port" in done.stderr
     assert not machine.is_mounted()
+
+
+def test_many_idle_connections_take_nothing_from_the_mount(bucket, fleet, port):
+    load_shards(bucket, [("files/one", b"1")])
+    machine = fleet.machine("a", bucket.env, options=("--metrics-port", str(port)))
+    machine.mount(bucket.url)
+    before = len(os.listdir(f"/proc/{machine.pid()}/fd"))
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    wait_for(lambda: len(os.listdir(f"/proc/{machine.pid()}/fd")) <= before + 10, "most are sent away")
+    for one in idle:
+        one.close()
+    wait_for(lambda: _answers(port), "others are answered again")
+
+
+def _answers(port):
+    try:
+        return samples(scraped(port))
+    except OSError:
+        return None
+
+
+def test_large_numbers_are_told_to_their_last_digit(bucket, fleet):
+    load_shards(bucket, [("files/one", b"1")])
+    machine = fleet.machine("a", bucket.env)
+    machine.mount(bucket.url)
+    status = machine.status()
+    status["requests"], status["cache"]["bytes"] = {"get": 1_234_567}, 307_232_769
+    text = metrics.render(status)
+    assert 'swampfs_requests_total{operation="get"} 1234567\n' in text
+    assert "swampfs_cache_bytes 307232769\n" in text

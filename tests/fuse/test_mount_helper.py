@@ -97,7 +97,8 @@ def test_a_mount_that_is_there_is_not_mounted_over(helper, place):
 @pytest.mark.parametrize(
     ("options", "says"),
     [("no_such=1", "unknown mount option 'no_such'"), ("refresh=soon", "not a duration"), ("remount", "anew"),
-     ("xattrs=1", "takes no value"), ("cache-size", "needs a value")],
+     ("xattrs=1", "takes no value"), ("cache-size", "needs a value"), ("log-file=", "without quotes"),
+     ('namespace="x"', "without quotes")],
 )  # fmt: skip
 def test_a_bad_option_is_named_and_nothing_is_mounted(helper, place, options, says):
     done = mount(place, options=options, check=False)
@@ -112,6 +113,17 @@ def test_a_fake_mount_checks_everything_and_mounts_nothing(helper, place):
     assert not os.path.ismount(place / "mnt")
     assert run(HELPER, f"file://{place}/datastore", place / "mnt", "-f", "-o", "no_such", check=False).returncode == 1
     assert run(HELPER, "nowhere", check=False).returncode == 1
+
+
+def test_a_directory_with_somebodys_files_does_not_become_a_state_directory(helper, place):
+    (place / "home").mkdir(mode=0o755)
+    (place / "home/notes").write_text("mine")
+    words = ["mount", "-t", "fuse.swampfs", f"file://{place}/datastore", place / "mnt"]
+    done = run(*words, "-o", f"state_dir={place}/home", check=False)
+    assert done.returncode in (1, 32)
+    assert "not empty" in done.stderr
+    assert (place / "home").stat().st_mode & 0o777 == 0o755
+    assert not (place / "home/state").exists()
 
 
 def test_the_units_in_the_documentation_are_right(tmp_path):

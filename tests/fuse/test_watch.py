@@ -87,3 +87,28 @@ def test_it_ends_with_the_mount_and_says_so(machine):
     _, why = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "swampfs: " in why
+
+
+def test_names_that_look_like_markup_or_move_the_cursor_are_shown_as_they_are(machine):
+    odd = "data/[/t]\x1b[2J/7b1463fb-2730-4225-aef5-5f9f9a66c7d9/n/1"
+    (machine.path / odd).mkdir(parents=True)
+    (machine.path / odd / "raw").write_text("odd")
+    ours, theirs = pty.openpty()
+    process = watching(machine, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    shown = bytearray()
+
+    def look():
+        shown.extend(os.read(ours, 1 << 16))
+        return b"[/t]\\x1b[2J" in shown
+
+    wait_for(look, "it is among what is to be pushed")
+    ended(process)
+    os.close(ours)
+    told = machine.run("explain", str(machine.path / odd / "raw")).stdout
+    assert "[/t]\\x1b[2J" in told
+    assert "\x1b" not in told
+
+
+def test_a_pause_that_is_none_is_refused(machine):
+    assert machine.run("status", "--watch", "--every", "0", str(machine.path), check=False).returncode == 1
