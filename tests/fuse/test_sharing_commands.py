@@ -117,7 +117,7 @@ def test_a_held_lock_ends_lock_run_with_75_and_the_holder(shell, bucket):
 def test_the_mount_says_in_swampfs_what_status_says_and_hides_it_from_listings(shell, bucket):
     shell.mount(bucket.url)
     assert ".swampfs" not in os.listdir(shell.path)
-    assert sorted(os.listdir(shell.path / ".swampfs")) == ["errors", "locks", "pending", "status.json"]
+    assert sorted(os.listdir(shell.path / ".swampfs")) == ["errors", "locks", "metrics", "pending", "status.json"]
     (shell.path / RAW).write_text("changed")
     (held,) = map(json.loads, (shell.path / ".swampfs/locks").read_text().splitlines())
     assert (held["lock"], held["state"], held["by"]) == (LOCK, "held", "mount")
