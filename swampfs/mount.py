@@ -61,6 +61,9 @@ _REGISTERED = "namespace_registered_for"
 _LOCK_SHARE = 0.8  # of an operation's time, for waiting for a lock; the rest is for what it guards
 
 
+_OURS = ("files", "local", "staging")  # of a state directory; what they hold is found again without `state`
+
+
 def lock_state_dir(directory: Path) -> int:
     """Own a state directory for the life of this process. Returns the descriptor that holds it.
 
@@ -93,7 +96,7 @@ def _is_taken(directory: Path) -> bool:
         names = os.listdir(directory)
     except OSError:
         return False  # there is none, or it cannot be used, which is said in a moment
-    return bool(names) and "state" not in names and not all(name.endswith((".log", ".jsonl")) for name in names)
+    return "state" not in names and any(name not in _OURS and not name.endswith((".log", ".jsonl")) for name in names)
 
 
 def check_places(settings: MountSettings, env: Mapping[str, str]) -> None:

@@ -109,11 +109,13 @@ def request(
     """
     until = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s if meanwhile is None else min(_LOOK_S, timeout_s))
+        client.settimeout(timeout_s)
         try:
             with short_socket_path(Path(registration.socket)) as address:
                 client.connect(address)
             client.sendall(json.dumps(message).encode() + b"\n")
+            if meanwhile is not None:
+                client.settimeout(min(_LOOK_S, timeout_s))
             answer = b""
             while not answer.endswith(b"\n"):
                 try:

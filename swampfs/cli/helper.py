@@ -1,7 +1,4 @@
-"""``mount.swampfs``: what mount(8) calls for ``-t fuse.swampfs`` and for a line of fstab(5).
-
-mount.swampfs SOURCE DIRECTORY [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]
-"""
+"""``mount.fuse.swampfs``: what mount(8) calls for ``-t fuse.swampfs``, also for a line of fstab(5)."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def watch(ask: Callable[[], Status], every_s: float, console: Console) -> None:
             time.sleep(every_s)
             before = ask()
     with Live(screen(before, before, every_s), console=console, auto_refresh=False) as live:
+        live.refresh()
         while True:
-            live.update(screen(before, before, every_s), refresh=True)
             time.sleep(every_s)
             now, at = ask(), time.monotonic()
             live.update(screen(now, before, at - asked_at), refresh=True)

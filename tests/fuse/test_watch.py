@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -11,7 +12,9 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
+from swampfs.cli import screen
 from tests.datastores import load_shards
 from tests.harness import wait_for
 
@@ -60,6 +63,22 @@ def test_on_a_terminal_it_is_a_screen_that_follows_the_mount(machine):
     wait_for(shows("put"), "it shows the requests of the push")
     ended(process)
     os.close(ours)
+
+
+def test_what_happened_since_the_last_look_is_shown_until_the_next(machine):
+    first = machine.status()
+    later = {**first, "requests": {**first["requests"], "put": first["requests"].get("put", 0) + 5}}
+    looks = iter([first, later])
+
+    def ask():
+        for status in looks:
+            return status
+        raise KeyboardInterrupt
+
+    drawn = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        screen.watch(ask, 0.01, Console(file=drawn, force_terminal=True, width=100))
+    assert "put" in drawn.getvalue().rpartition("requests")[2]
 
 
 def test_in_a_pipe_it_is_a_line_each_time(machine):
