@@ -19,6 +19,7 @@ from pathlib import Path
 import trio
 
 from swampfs import metrics, registry
+from swampfs.artifacts.keeper import Keeper
 from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
 from swampfs.errors import MountError, PushPendingError, SettingsError, StateBusyError
@@ -304,6 +305,7 @@ def _compose(
     mount.upcalls = lane.as_json if lane is not None else None
     if settings.xattrs:
         operations.xattrs = mount.about
+    at_end.callback(mount.artifacts.close)
     fs.views = mount.views(owner)
     _begin(mount, nursery)
     return mount
@@ -359,6 +361,7 @@ def _joined(
         prefetch=prefetch,
         about=Xattrs(sync, fs.inodes, lambda: writeback.last_error),
         foreign=foreign,
+        artifacts=Keeper(sync.parts, f"{settings.state_dir}/state/artifacts.db"),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from swampfs import __version__, metrics
+from swampfs.artifacts.keeper import Keeper
 from swampfs.datastore import Datastore
 from swampfs.errors import HostileNameError, UsageError
 from swampfs.foreign import ForeignNamespaces
@@ -49,6 +50,7 @@ class Mount:
     prefetch: Prefetch
     about: Xattrs
     foreign: ForeignNamespaces | None
+    artifacts: Keeper
     started_at: float = field(default_factory=time.monotonic)
     stop: trio.Event = field(default_factory=trio.Event)
     upcalls: Callable[[], dict[str, Any]] | None = None
@@ -266,10 +268,21 @@ class Mount:
                 text = text.removeprefix(own).removeprefix("/")
             return self.explain(text)
 
+        async def artifacts(message: Mapping[str, Any]) -> dict[str, Any]:
+            """Bring the artifact catalog up to date, of all names or of one, for a process that will read it."""
+            if (name := message.get("name")) is not None and not message.get("anew"):
+                known = await self.artifacts.bring_name(str(name))
+            else:
+                known = await self.artifacts.bring_up_to_date(anew=bool(message.get("anew")))
+            namespace = self.settings.source.namespace
+            return {"database": known.path, "namespace": namespace, "allNamespaces": self.foreign is not None}
+
         async def progress(_: Mapping[str, Any]) -> dict[str, Any]:
-            return {"hydrate": self.keeping.progress(), "pending": len(self.writeback.pending())}
+            pending, artifacts = len(self.writeback.pending()), self.artifacts.as_json()
+            return {"hydrate": self.keeping.progress(), "pending": pending, "artifacts": artifacts}
 
         return {
+            "artifacts": artifacts,
             "progress": progress,
             "hydrate": hydrate,
             "evict": evict,

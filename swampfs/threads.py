@@ -31,6 +31,8 @@ class Lane(Enum):
     INDEX = ("index", 10)  # spec §6.3: shards are read ten at a time
     PROBE = ("probe", 1)  # whether the store is there, when the others wait for it in vain
     DISK = ("disk", 4)
+    SCAN = ("scan", 16)  # metadata of artifacts: somebody waits for it, but not as for a file that is opened
+    ARTIFACTS = ("artifacts", 1)  # their database
     KERNEL = ("kernel", 1)  # cache invalidation, which pyfuse3 does not allow on the loop
     NAMES = ("names", 1)  # the part of it that may have to wait for a directory
 

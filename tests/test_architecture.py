@@ -39,6 +39,7 @@ CONFINED = {
     "google": "backends/gcs.py",
     "pymongo": "backends/mongodb.py",
     "sqlite3": "state/",
+    "cel": "artifacts/predicate.py",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -21,6 +21,7 @@ _HOMES = {
     "manual": "completion",
     "mount": "mount",
     "namespace": "namespace",
+    "query": "latest query",
     "structural": "delete gc prune",
     "sync": "doctor migrate-index sync",
 }

@@ -27,7 +27,7 @@ class Done(NamedTuple):
 
 @contextmanager
 def shown(registration: registry.Registration, what: str) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called now and then while a mount is at it. ``what``: ``hydrate`` or ``push``."""
+    """Yields what is to be called now and then while a mount is at ``what``: ``hydrate``, ``push``, ``metadata``."""
     console = Console(stderr=True)
     measure = _Measure(what)
 
@@ -62,6 +62,8 @@ class _Measure:
         if self._what == "hydrate":
             job = answer["hydrate"]
             return Done(job["bytesDone"], job["bytes"], "bytes")
+        if self._what == "metadata":
+            return Done(answer["artifacts"]["done"], answer["artifacts"]["total"], "names looked at")
         self._most = max(self._most, answer["pending"])
         return Done(self._most - answer["pending"], self._most, "changes")
 

@@ -161,6 +161,9 @@ UPDATE node SET links = links - 1 WHERE ino = parent;
 """Schema → what makes a version 2 of a version 1, a version 3 of that, and so on."""
 
 
+_BROKEN = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
 class SchemaError(Exception):
     """The file is not a database of ours, is damaged, or has another version."""
 
@@ -187,7 +190,7 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
             raise SchemaError(f"{path} is damaged")
     except sqlite3.DatabaseError as error:
         db.close()
-        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        if is_damaged(error):
             raise SchemaError(f"{path}: {error}") from error
         # A full disk says nothing about the database: never set a healthy one aside for it.
         raise StateError(f"{path} cannot be opened: {error}") from error
@@ -200,6 +203,11 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
 def is_disk_full(error: Exception) -> bool:
     """Whether a database refused a change for want of room."""
     return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether a database turned out to be none, or a broken one."""
+    return isinstance(error, sqlite3.DatabaseError) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN
 
 
 def is_local_fault(error: BaseException) -> bool:

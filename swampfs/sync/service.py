@@ -75,7 +75,7 @@ class SyncService:
             self.cache = CacheDir(home)
             self.cache.clear_staging()
             undo.pop_all()
-        parts = Parts(remote, keys, index, self.catalog, self.cache, self.journal)
+        self.parts = parts = Parts(remote, keys, index, self.catalog, self.cache, self.journal)
         self.hydrator = Hydrator(parts, refresh=self.pull_changed, start_soon=start_soon, timeout_s=timeout_s)
         self.is_open: Callable[[str], bool] = lambda path: False
         """Whether a file is open for writing; set by the file system."""

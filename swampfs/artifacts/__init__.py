@@ -1,0 +1,1 @@
+"""The artifact catalog on top of the tree: what ``swampfs query`` and ``swampfs latest`` answer from."""

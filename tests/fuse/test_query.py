@@ -1,0 +1,204 @@
+"""``swampfs query`` and ``swampfs latest`` on real mounts: what is found, what is fetched for it, and what heals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+
+from swampfs.testing.sample import sample_files
+from tests.datastores import load_shards
+from tests.harness import wait_for
+
+SHORT = ("--refresh", "300ms", "--push-delay", "200ms", "--timeout", "5s")
+SAMPLE = list(sample_files(models=3, names=2, versions=2))
+ID = "6f1c2a54-77a0-4a57-8f0e-1d1f3b5f9a2"  # and a digit
+
+
+def version(model, name, number, raw, **more):
+    """Paths and contents of one version, ``latest`` included."""
+    top = f"data/acme/probe/{ID}{model}/{name}"
+    fields = {
+        "id": f"{model}-{name}-{number}", "name": name, "version": number, "contentType": "application/json",
+        "lifetime": "infinite", "garbageCollection": 10, "streaming": False,
+        "tags": {"type": "resource", "modelName": f"probe-{model}", **more.pop("tags", {})},
+        "ownerDefinition": {"ownerType": "model-method", "ownerRef": f"{ID}{model}", **more.pop("owner", {})},
+        "createdAt": f"2026-03-{number:02}T00:00:00.000Z", "size": len(raw),
+        "checksum": hashlib.sha256(raw).hexdigest(), **more,
+    }  # fmt: skip
+    yield f"{top}/{number}/metadata.yaml", yaml.safe_dump(fields).encode()
+    yield f"{top}/{number}/raw", raw
+    yield f"{top}/latest", str(number).encode()
+
+
+def write(machine, files):
+    for rel, body in files:
+        (machine.path / rel).parent.mkdir(parents=True, exist_ok=True)
+        (machine.path / rel).write_bytes(body)
+
+
+@pytest.fixture
+def machine(bucket, fleet):
+    load_shards(bucket, SAMPLE)
+    made = fleet.machine("a", bucket.env, options=SHORT)
+    made.mount(bucket.url)
+    return made
+
+
+def query(machine, *arguments):
+    return json.loads(machine.run("query", "--mount", str(machine.path), "--json", *arguments).stdout)
+
+
+def names(machine, *arguments):
+    found = query(machine, *arguments)["results"]
+    return sorted(f"{one['modelName']}/{one['name']}@{one['version']}" for one in found)
+
+
+def test_artifacts_are_found_by_what_is_known_of_them(machine):
+    found = query(machine)
+    assert (found["total"], found["limited"], found["predicate"]) == (6, False, "")
+    one = found["results"][0]
+    assert (one["version"], one["isLatest"], one["lifetime"], one["tags"]["specName"]) == (2, True, "infinite", "item")
+    assert "attributes" not in one
+    model = one["modelName"]
+    assert names(machine, f'modelName == "{model}" && version == 1') == [f"{model}/item-0@1", f"{model}/item-1@1"]
+    assert query(machine, "--limit", "4")["limited"] is True
+    assert query(machine, "--limit", "6")["limited"] is False
+    chosen = query(machine, f'modelName == "{model}"', "--select", "{'n': name, 'v': version}")
+    assert chosen == {"results": [{"n": "item-0", "v": 2}, {"n": "item-1", "v": 2}], "total": 2, "limited": False}
+
+
+def test_content_that_is_not_here_is_null_until_it_is_asked_for(machine):
+    assert {one["content"] is None for one in query(machine)["results"]} == {True}
+    wanted = 'attributes.model == 1 && name == "item-0"'
+    assert query(machine, wanted)["total"] == 0
+    assert [one["content"]["state"] for one in query(machine, wanted, "--hydrate")["results"]] == ["running"]
+    assert query(machine, wanted)["total"] == 1, "and from then on it is here"
+    assert query(machine, "attributes == null")["total"] == 3, "only what could have met the predicate was fetched"
+
+
+def test_paths_can_be_handed_to_other_programs(machine):
+    lines = machine.run("query", "--mount", str(machine.path), "--paths", 'name == "item-1"').stdout.splitlines()
+    assert len(lines) == 3
+    assert {json.loads(Path(path).read_bytes())["name"] for path in lines} == {"item-1"}
+    table = machine.run("query", "--mount", str(machine.path), "--limit", "2")
+    assert len(table.stdout.splitlines()) == 3
+    assert "only 2 were asked for" in table.stderr
+
+
+def read(machine):
+    """Metadata that was fetched from the datastore, by name."""
+    keys = [one["key"] for one in machine.requests() if one["op"] in ("get", "download")]
+    return sorted(key.split("/")[-3] for key in keys if key.endswith("/metadata.yaml"))
+
+
+def test_metadata_is_read_once_and_not_brought_into_the_cache(bucket, machine):
+    query(machine)
+    assert len(read(machine)) == 12
+    assert machine.status()["hydrated"] == 0
+    query(machine, "version > 0")
+    machine.umount()
+    machine.mount(bucket.url)
+    assert query(machine)["total"] == 6
+    assert len(read(machine)) == 12, "it is kept across mounts"
+
+
+def test_what_is_written_here_or_there_is_found(bucket, fleet, machine):
+    other = fleet.machine("b", bucket.env, options=SHORT)
+    other.mount(bucket.url)
+    assert query(machine)["total"] == query(other)["total"] == 6
+    write(machine, version(1, "new", 1, b'{"n": 1}', tags={"env": "prod"}))
+    assert names(machine, 'tags.env == "prod"') == ["probe-1/new@1"], "before it is pushed"
+    wait_for(lambda: names(other, 'tags.env == "prod"') == ["probe-1/new@1"], "the other machine's change")
+    write(other, version(1, "new", 2, b'{"n": 2}', tags={"env": "prod"}))
+    wait_for(lambda: names(machine, 'tags.env == "prod"') == ["probe-1/new@2"], "the other machine's change")
+    assert names(machine, 'tags.env == "prod" && version > 0') == ["probe-1/new@1", "probe-1/new@2"]
+    shutil.rmtree(other.path / f"data/acme/probe/{ID}1/new/2")
+    (other.path / f"data/acme/probe/{ID}1/new/latest").write_text("1")
+    wait_for(
+        lambda: names(machine, 'tags.env == "prod" && version > 0') == ["probe-1/new@1"], "the other machine's change"
+    )
+    os.rename(machine.path / f"data/acme/probe/{ID}1/new", machine.path / f"data/acme/probe/{ID}1/newer")
+    assert [one["name"] for one in query(machine, 'tags.env == "prod"')["results"]] == ["newer"]
+    shutil.rmtree(machine.path / f"data/acme/probe/{ID}1/newer")
+    assert query(machine)["total"] == 6
+
+
+def test_a_deletion_marker_takes_the_name_out_of_the_answers(machine):
+    write(machine, version(1, "new", 1, b"{}"))
+    write(machine, version(1, "new", 2, b"{}", lifecycle="deleted"))
+    assert names(machine, 'modelName == "probe-1" && version > 0') == []
+    assert machine.run("latest", "--mount", str(machine.path), "probe-1", "new", check=False).returncode == 1
+
+
+def test_the_latest_of_a_name_is_found_without_reading_all_metadata(machine):
+    model_id = next(path for path, _ in SAMPLE if path.startswith("data/aws")).split("/")[4]
+    path = machine.run("latest", "--mount", str(machine.path), model_id, "item-1").stdout.strip()
+    assert path.endswith(f"{model_id}/item-1/2/raw")
+    assert read(machine) == ["item-1"] * 6
+    told = json.loads(
+        machine.run("latest", "--mount", str(machine.path), f"model-{model_id[:4]}", "item-1", "--json").stdout
+    )
+    assert (told["version"], told["modelId"], told["contentPath"]) == (2, model_id, path)
+    assert told["content"]["name"] == "item-1"
+    assert told["checksum"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("harm", ["deleted", "damaged", "foreign", "damaged while it is open"])
+def test_a_catalog_that_is_lost_heals_by_itself(bucket, machine, harm):
+    assert query(machine)["total"] == 6
+    path = f"{machine.status()['stateDir']}/state/artifacts.db"
+    if harm == "deleted":
+        os.unlink(path)
+    elif harm == "damaged while it is open":
+        with open(path, "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * (os.path.getsize(path) - 4096))
+    else:
+        machine.umount()
+        if harm == "foreign":
+            with sqlite3.connect(path) as db:
+                db.execute("PRAGMA user_version = 99")
+            db.close()
+        else:
+            with open(path, "r+b") as file:
+                file.write(b"nonsense" * 100)
+        machine.mount(bucket.url)
+    assert query(machine)["total"] == 6
+
+
+def test_what_is_asked_wrongly_is_told_and_changes_nothing(machine):
+    for arguments, told in [
+        (["modelNam == 'x'"], "unknown field modelNam"),
+        (["name =="], "no CEL expression"),
+        (["name == 'x'", "--select", "nam"], "in the selection"),
+        (["--limit", "0"], "--limit"),
+        (["--paths", "--json"], "--paths goes with neither"),
+    ]:
+        done = machine.run("query", "--mount", str(machine.path), *arguments, check=False)
+        assert (done.returncode, told in done.stderr) == (1, True), done.stderr
+    done = machine.run("latest", "--mount", str(machine.path), "nobody", "item-0", check=False)
+    assert done.returncode == 1
+    assert "nobody has no artifact item-0" in done.stderr
+
+
+def test_without_a_mount_it_says_so(machine):
+    machine.umount()
+    done = machine.run("query", "--mount", str(machine.path), check=False)
+    assert done.returncode == 1
+    assert "no swampfs mount" in done.stderr
+
+
+def test_hostile_metadata_harms_nobody(machine):
+    for number, body in enumerate([b"\xff\xfe", b"[" * 100_000, b"&a [*a]", b"- " * 50_000, b"a: b: c"], 1):
+        top = machine.path / f"data/acme/probe/{ID}9/bad/{number}"
+        top.mkdir(parents=True)
+        (top / "metadata.yaml").write_bytes(body)
+    assert query(machine, "version > 0")["total"] == 12
+    assert machine.status()["healthy"]
