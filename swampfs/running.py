@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -14,23 +15,27 @@ import trio
 from swampfs import __version__, metrics
 from swampfs.artifacts.keeper import Keeper
 from swampfs.datastore import Datastore
-from swampfs.errors import HostileNameError, UsageError
+from swampfs.errors import FileError, HostileNameError, UsageError
 from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
 from swampfs.fs.keeping import Keeping
+from swampfs.fs.links import TOPS, Listing, Source, listing
 from swampfs.fs.prefetch import Prefetch
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.scrub import Scrub
 from swampfs.fs.vfs import FileSystem
+from swampfs.fs.views import NAME as VIEWS
 from swampfs.fs.views import Views, document, lines, records
 from swampfs.fs.writeback import Writeback
 from swampfs.fs.xattrs import PREFIX, Xattrs
 from swampfs.names import RelPath, lease_path, model_of, rel_path
 from swampfs.settings import MountSettings
+from swampfs.state.artifacts import Artifact
 from swampfs.sync.service import SyncService
 
 _MOST_MODELS = 20
+_LARGEST = 1 << 20  # bytes of content that a directory of links looks at
 _COUNTED = 5000  # changes by model: more of them would hold the loop up
 
 
@@ -122,8 +127,38 @@ class Mount:
                 "locks": lambda: records(self.sync.leases.as_json()),
                 "errors": lambda: lines(self._errors()),
             },
+            tops=TOPS,
+            links=self._links,
             private=self.settings.allow_other,
         )
+
+    async def _links(self, path: str) -> Listing | None:
+        """What is in a directory of links."""
+        own, prefix = self.settings.source.namespace, ""
+        if self.foreign is not None:
+            prefix = f"{own}/"
+
+        def where(artifact: Artifact) -> str | None:
+            if artifact.namespace != own and self.foreign is None:
+                return None
+            above = f"{artifact.namespace}/" if prefix else ""
+            return f"{above}{artifact.place}/{artifact.version}"
+
+        def content(artifact: Artifact) -> bytes | None:
+            path = RelPath(f"{artifact.place}/{artifact.version}/raw")
+            if artifact.namespace != own:
+                return None
+            try:
+                with open(self.sync.cache.open(path), "rb") as file:
+                    return file.read(_LARGEST)
+            except OSError:
+                return None
+
+        try:
+            return await self.artifacts.ask(lambda artifacts: listing(artifacts, path, Source(where, content)))
+        except UsageError as error:
+            self.fs.failures.note_at(f"{VIEWS}/{path}", "lookup", errno.EINVAL, error)
+            raise FileError(errno.EINVAL, error.line()) from None
 
     def _errors(self) -> list[str]:
         """What is wrong now, then what failed lately, the latest last."""

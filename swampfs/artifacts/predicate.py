@@ -119,14 +119,14 @@ class Predicate(Expression):
         self.is_sql = len(known) == len(parts)
         """Whether what SQL finds is the answer; otherwise each of that must be looked at."""
         self._scan = [sql for _, sql in known]
-        self._leads = [(at, sql) for at, (part, _) in enumerate(known) if (sql := _leading(part)) is not None]
+        self._leads = {at: sql for at, (part, _) in enumerate(known) if (sql := _leading(part)) is not None}
 
     def where(self, has_few: Callable[[str, Sequence[object]], bool]) -> Sql:
-        """What SQL is asked; ``has_few`` says of a condition whether an index finds few rows by it."""
+        """What SQL is asked; ``has_few`` says of a table and a condition whether an index finds few rows by it."""
         parts = list(self._scan)
-        at = next((at for at, sql in self._leads if has_few(*sql)), None)
+        at = next((at for at, (text, values) in self._leads.items() if has_few(_rows_of(text), values)), None)
         if at is not None:
-            parts[at] = dict(self._leads)[at]
+            parts[at] = self._leads[at]
         if self.latest_only:
             parts.append(("is_latest = 1" if at is None else "+is_latest = 1", ()))
         return _all(parts, " AND ") if parts else ANY
@@ -150,6 +150,11 @@ def _leading(term: Term) -> Sql | None:
     is_tag = term.kind == "==" and any(_tag(part) is not None for part in term.parts)
     is_column = {**TEXTS, **NUMBERS}.get(str(_named(term))) in INDEXED
     return _sql(term, is_asked=True) if is_tag or is_column else None
+
+
+def _rows_of(condition: str) -> str:
+    """Where those are counted for which a condition holds."""
+    return _TAGGED_ROWS if condition == _TAGGED else f"artifact WHERE {condition}"
 
 
 def _named(term: Term) -> object:
@@ -266,7 +271,8 @@ def _is_text(value: object) -> bool:
 _EQUAL = ("==", "!=")
 _MIRRORED = {"==": "==", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _SEARCHES = ("startsWith", "endsWith", "contains")
-_TAGGED = "id IN (SELECT artifact FROM tagged WHERE tag = (SELECT id FROM tag WHERE key = ? AND value = ?))"
+_TAGGED_ROWS = "tagged WHERE tag = (SELECT id FROM tag WHERE key = ? AND value = ?)"
+_TAGGED = f"id IN (SELECT artifact FROM {_TAGGED_ROWS})"
 _HANDLERS: Mapping[str, Callable[[Term, bool], Sql | None]] = {
     **dict.fromkeys(_MIRRORED, _compared),
     "in": _contained,

@@ -92,6 +92,10 @@ class Failures:
         if node is None:
             return
         path = node.path if name is None else join(node.path, name.decode(errors="replace"))
+        self.note_at(path, operation, code, error)
+
+    def note_at(self, path: str, operation: str, code: int, error: Exception | None) -> None:
+        """As :meth:`note`, where the path is known."""
         now, before = time.time_ns(), self._last.get(path)
         again = before is not None and (before.operation, before.errno) == (operation, code)
         first, times = (before.first_ns, before.times + 1) if before is not None and again else (now, 1)

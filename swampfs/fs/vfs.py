@@ -78,8 +78,8 @@ class FileSystem:
         """``None`` = no such name. Counts a look-up of what it finds."""
         if name in (".", ".."):  # asked for by nfsd and open_by_handle_at(2)
             found = self.dots(parent, name)
-        elif self.views is not None and (parent == VIEW_BASE or (parent == self.views_parent and name == views.NAME)):
-            found = self.views.lookup(name) if parent == VIEW_BASE else self.views.attributes(VIEW_BASE)
+        elif self.views is not None and (parent >= VIEW_BASE or (parent == self.views_parent and name == views.NAME)):
+            found = self.views.lookup(parent, name) if parent >= VIEW_BASE else self.views.attributes(VIEW_BASE)
         elif parent >= LOCAL_BASE:
             found = self._local.lookup(join(self._local.rel(parent), name))
         else:
@@ -176,8 +176,8 @@ class FileSystem:
         """
         if ino in self.inodes.orphans:
             return  # removed while open
-        if self.views is not None and ino == VIEW_BASE:
-            children = self.views.children()
+        if self.views is not None and ino >= VIEW_BASE:
+            children = self.views.children(ino)
         elif ino >= LOCAL_BASE:
             children = self._local.children(self._local.rel(ino))
         else:
@@ -209,7 +209,7 @@ class FileSystem:
     def readlink(self, ino: int) -> str:
         ino = self.inodes.resolve(ino)
         if ino >= LOCAL_BASE:
-            return self._local.readlink(ino)
+            return self.views.readlink(ino) if self.views and ino >= VIEW_BASE else self._local.readlink(ino)
         orphan = self.inodes.orphans.get(ino)
         node = self._catalog.node(ino) if orphan is None else orphan.node
         if node is None:
@@ -224,7 +224,7 @@ class FileSystem:
         """Where a new name goes: its datastore directory, or ``None`` for the local tier; and its path."""
         self._require_writable()
         check_name(name)
-        if parent == VIEW_BASE or (parent == self.views_parent and name == views.NAME):
+        if parent >= VIEW_BASE or (parent == self.views_parent and name == views.NAME):
             raise fail(errno.EPERM, views.NAME)
         if parent >= LOCAL_BASE:
             return None, join(self._local.rel(parent), name)

@@ -338,7 +338,7 @@ class FastLane:
 
     def _lookup(self, request: kernel.Request, body: memoryview) -> bytes | None:
         name = bytes(body[:-1])
-        if len(name) > LONGEST_NAME or self._fs.may_be_lock(name):
+        if len(name) > LONGEST_NAME or self._fs.may_be_lock(name) or request.ino >= VIEW_BASE:
             return LATER
         try:
             found = self._fs.lookup(request.ino, name.decode())
@@ -367,6 +367,8 @@ class FastLane:
 
     def _opendir(self, request: kernel.Request, body: memoryview) -> bytes | None:
         """The handle is the inode and whether the kernel keeps what it reads."""
+        if request.ino >= VIEW_BASE:
+            return LATER
         keep = self._now.is_listing_cacheable(request.ino)
         flags = kernel.FOPEN_KEEP_CACHE | kernel.FOPEN_CACHE_DIR if keep else 0
         return kernel.OPEN_OUT.pack(request.ino << 1 | keep, flags, 0)

@@ -169,6 +169,8 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         if len(name) > LONGEST_NAME:
             raise FUSEError(errno.ENAMETOOLONG)
+        if parent_inode >= VIEW_BASE:
+            await self._prepare(parent_inode, name)
         try:
             if self._fs.may_be_lock(name):
                 found = await self._lookup_lock(parent_inode, name.decode())
@@ -204,7 +206,17 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        if inode >= VIEW_BASE:
+            await self._prepare(inode)
         return inode
+
+    async def _prepare(self, directory: InodeT, name: bytes | None = None) -> None:
+        """What is shown there is known when this returns."""
+        if self._fs.views is not None:
+            with trio.move_on_after(self.timeout_s):
+                await self._fs.views.prepare(directory, None if name is None else os.fsdecode(name))
+                return
+            raise FUSEError(errno.ETIMEDOUT)
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:

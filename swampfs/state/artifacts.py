@@ -320,19 +320,33 @@ class Artifacts:
 
     # --- asking -------------------------------------------------------------------------------------------
 
-    def has_few(self, where: str, values: Sequence[object], most: int) -> bool:
-        """Whether a condition that an index answers holds for no more than so many."""
-        query = f"SELECT count(*) FROM (SELECT 1 FROM artifact WHERE {where} LIMIT {most + 1})"
+    def has_few(self, rows: str, values: Sequence[object], most: int) -> bool:
+        """Whether there are no more than so many; ``rows`` is a table and a condition that an index answers."""
+        query = f"SELECT count(*) FROM (SELECT 1 FROM {rows} LIMIT {most + 1})"
         return int(self.db.execute(query, tuple(values)).fetchone()[0]) <= most
 
-    def select(self, where: str, values: Sequence[object], *, newest_first: bool = False) -> Iterator[Artifact]:
+    def select(
+        self, where: str, values: Sequence[object], *, newest_first: bool = False, limit: int = -1
+    ) -> Iterator[Artifact]:
         """Those that are shown and for which an SQL condition over the table ``artifact`` holds, as they came here."""
         # Bare, SQLite would rather go through all of them in their order than sort a few.
         order = "created_at DESC, +id DESC" if newest_first else "+id"
-        query = f"SELECT {_COLUMNS} FROM artifact WHERE +is_latest >= {HISTORY} AND ({where}) ORDER BY {order}"
-        cursor = self.db.execute(query, tuple(values))
+        query = f"SELECT {_COLUMNS} FROM artifact WHERE +is_latest >= {HISTORY} AND ({where}) ORDER BY {order} LIMIT ?"
+        cursor = self.db.execute(query, (*values, limit))
         for row in cursor:
             yield _artifact(row)
+
+    def distinct(self, what: str, where: str = "1", values: Sequence[object] = ()) -> list[str]:
+        """What the latest artifacts have in a column, ascending."""
+        query = f"SELECT DISTINCT {what} FROM artifact WHERE is_latest = 1 AND ({where}) ORDER BY 1"
+        return [str(row[0]) for row in self.db.execute(query, tuple(values))]
+
+    def tags(self, key: str | None = None) -> list[str]:
+        """Keys of tags of the latest artifacts; values of one key."""
+        what, where, values = ("key", "1", ()) if key is None else ("value", "key = ?", (key,))
+        used = "SELECT 1 FROM tagged JOIN artifact ON artifact.id = tagged.artifact WHERE tagged.tag = tag.id"
+        query = f"SELECT DISTINCT {what} FROM tag WHERE {where} AND EXISTS ({used} AND +is_latest = 1) ORDER BY 1"
+        return [str(row[0]) for row in self.db.execute(query, values)]
 
     def count(self) -> int:
         """Of all that are shown."""
