@@ -32,9 +32,11 @@ from swampfs.fs.xattrs import PREFIX, Xattrs
 from swampfs.names import RelPath, lease_path, model_of, rel_path
 from swampfs.settings import MountSettings
 from swampfs.state.artifacts import Artifact
+from swampfs.state.schema import compact
 from swampfs.sync.service import SyncService
 
 _MOST_MODELS = 20
+_LARGEST_REWRITTEN = 64 << 20  # bytes of the catalog: to rewrite more of it would hold the mount up for seconds
 _LARGEST = 1 << 20  # bytes of content that a directory of links looks at
 _COUNTED = 5000  # changes by model: more of them would hold the loop up
 
@@ -112,6 +114,12 @@ class Mount:
             "uptimeS": round(time.monotonic() - self.started_at, 1),
         }
 
+    def stats(self) -> dict[str, Any]:
+        """What was done since the mount, in numbers."""
+        status = self.status()
+        counted = ("requests", "upcalls", "threadHops", "cache", "prefetch", "scrub", "visibilityMs", "uptimeS")
+        return {**{name: status[name] for name in counted}, "artifacts": self.artifacts.as_json()}
+
     def _silent_s(self) -> float | None:
         since = self.datastore.circuit.open_since
         return None if since is None else time.monotonic() - since
@@ -122,6 +130,7 @@ class Mount:
             owner,
             {
                 "status.json": lambda: document(self.status()),
+                "stats.json": lambda: document(self.stats()),
                 "metrics": lambda: metrics.render(self.status()),
                 "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
                 "locks": lambda: records(self.sync.leases.as_json()),
@@ -134,14 +143,12 @@ class Mount:
 
     async def _links(self, path: str) -> Listing | None:
         """What is in a directory of links."""
-        own, prefix = self.settings.source.namespace, ""
-        if self.foreign is not None:
-            prefix = f"{own}/"
+        own, shows_all = self.settings.source.namespace, self.foreign is not None
 
         def where(artifact: Artifact) -> str | None:
-            if artifact.namespace != own and self.foreign is None:
+            if artifact.namespace != own and not shows_all:
                 return None
-            above = f"{artifact.namespace}/" if prefix else ""
+            above = f"{artifact.namespace}/" if shows_all else ""
             return f"{above}{artifact.place}/{artifact.version}"
 
         def content(artifact: Artifact) -> bytes | None:
@@ -154,8 +161,9 @@ class Mount:
             except OSError:
                 return None
 
+        source = Source(where, content, None if shows_all else own)
         try:
-            return await self.artifacts.ask(lambda artifacts: listing(artifacts, path, Source(where, content)))
+            return await self.artifacts.ask(lambda artifacts: listing(artifacts, path, source))
         except UsageError as error:
             self.fs.failures.note_at(f"{VIEWS}/{path}", "lookup", errno.EINVAL, error)
             raise FileError(errno.EINVAL, error.line()) from None
@@ -265,12 +273,23 @@ class Mount:
             found = self.sync.cache.conflict_reports()
             return {"conflicts": [{**one, "path": self._shown(one["path"])} for one in found]}
 
+        async def compacted(_: Mapping[str, Any]) -> dict[str, Any]:
+            own = [compact(self.sync.catalog.db, _LARGEST_REWRITTEN), self.sync.journal.compact()]
+            done = [*own, await self.artifacts.compact()]
+            return {
+                "walPagesTotal": sum(one.wal_pages for one in done),
+                "walPagesCheckpointed": sum(one.checkpointed for one in done),
+                "dbBytesReclaimed": sum(one.reclaimed for one in done),
+                "vacuumSkipped": any(one.skipped for one in done),
+            }
+
         async def drop_conflict(message: Mapping[str, Any]) -> dict[str, Any]:
             self.sync.cache.drop_conflict(str(message["id"]))
             return {"conflicts": len(self.sync.cache.conflicts())}
 
         return {
             "status": status,
+            "compact": compacted,
             "flush": flush,
             "refresh": refresh,
             "conflicts": conflicts,

@@ -20,7 +20,7 @@ from swampfs.errors import AbsentError, SwampfsError
 from swampfs.records import IndexEntry, Node, Residency
 from swampfs.state.artifacts import Artifacts, Document
 from swampfs.state.documents import Documents
-from swampfs.state.schema import is_damaged
+from swampfs.state.schema import Compacted, compact, is_damaged
 from swampfs.sync.catalogs import Catalogs
 from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.parallel import for_each
@@ -102,6 +102,12 @@ class Keeper:
         """Ask the catalog, brought up to date. Raises as :meth:`bring_up_to_date`."""
         artifacts = await self.bring_up_to_date()
         return await self._parts.remote.threads.read(Lane.ARTIFACTS, question, artifacts)
+
+    async def compact(self) -> Compacted:
+        """Give back the room of what was forgotten."""
+        async with self._lock:
+            artifacts = await self._opened(anew=False)
+            return await self._parts.remote.threads.write(Lane.ARTIFACTS, compact, artifacts.db)
 
     def as_json(self) -> dict[str, int]:
         """How far it is."""

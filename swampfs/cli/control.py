@@ -21,6 +21,7 @@ from swampfs.fuse import mountpoint as mountpoints
 
 _ANSWER_S = 10.0
 _EXIT_S = 15.0
+_COMPACT_S = 600.0
 _SHORTEST_S = 0.1  # between two looks
 
 
@@ -181,6 +182,26 @@ def pick(mountpoint: str | None) -> registry.Registration:
             raise NotMountedError("nothing is mounted") from None
         names = ", ".join(registration.mountpoint for registration in found)
         raise NotMountedError(f"{len(found)} datastores are mounted", remedy=f"name one of {names}") from None
+
+
+@click.command()
+@click.argument("mountpoint", type=FILE_NAME, required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def compact(mountpoint: str | None, as_json: bool) -> None:
+    """Make the databases of a mount as small as what is in them.
+
+    \b
+    Example: swampfs compact ~/repo/.swamp
+    """
+    done = ask(pick(mountpoint), {"cmd": "compact"}, _COMPACT_S)
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+        return
+    click.echo(
+        f"{done['dbBytesReclaimed']} bytes given back, {done['walPagesCheckpointed']} pages of logs written down"
+    )
+    if done["vacuumSkipped"]:
+        click.echo("the catalog is too large to be rewritten while it is in use; only its log was emptied")
 
 
 @click.command()

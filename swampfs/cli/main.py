@@ -14,7 +14,7 @@ from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
 
 _HOMES = {
     "conflicts": "conflicts",
-    "control": "flush status umount",
+    "control": "compact flush status umount",
     "explain": "explain",
     "keeping": "evict hydrate info pin unpin",
     "locks": "lock",

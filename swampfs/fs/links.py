@@ -29,6 +29,12 @@ class Source(NamedTuple):
     where: Callable[[Artifact], str | None]
     """Directory of a version below the root of the mount, if it is there."""
     content: Content
+    namespace: str | None
+    """The only one whose artifacts are there; ``None`` is any."""
+
+    @property
+    def scope(self) -> tuple[str, tuple[str, ...]]:
+        return ("1", ()) if self.namespace is None else ("+namespace = ?", (self.namespace,))
 
 
 def listing(artifacts: Artifacts, path: str, source: Source) -> Listing | None:
@@ -62,7 +68,7 @@ def _query(artifacts: Artifacts, parts: list[str], source: Source) -> Listing | 
 
 def _of_model(artifacts: Artifacts, parts: list[str], source: Source, inside: str) -> Listing | None:
     if not parts:
-        names = artifacts.distinct("CASE model_name WHEN '' THEN model_id ELSE model_name END")
+        names = artifacts.distinct("CASE model_name WHEN '' THEN model_id ELSE model_name END", *source.scope)
         return _directories(names)
     (model,) = parts
     is_it = "is_latest = 1 AND (model_name = ? OR (model_name = '' AND model_id = ?))"
@@ -71,17 +77,18 @@ def _of_model(artifacts: Artifacts, parts: list[str], source: Source, inside: st
 
 def _by_tag(artifacts: Artifacts, parts: list[str], source: Source) -> Listing | None:
     if len(parts) < 2:
-        return _directories(artifacts.tags(*parts))
+        return _directories(artifacts.tags(*source.scope, *parts))
     tagged = "id IN (SELECT artifact FROM tagged WHERE tag = (SELECT id FROM tag WHERE key = ? AND value = ?))"
     return _links(artifacts.select(f"+is_latest = 1 AND {tagged}", parts), source, _label)
 
 
 def _by_workflow(artifacts: Artifacts, parts: list[str], source: Source) -> Listing | None:
-    is_it = "workflow_run_id <> ''"
+    where, values = source.scope
+    is_it = f"workflow_run_id <> '' AND {where}"
     if not parts:
-        return _directories(artifacts.distinct("workflow_name", is_it))
+        return _directories(artifacts.distinct("workflow_name", is_it, values))
     if len(parts) == 1:
-        return _directories(artifacts.distinct("workflow_run_id", f"{is_it} AND workflow_name = ?", parts))
+        return _directories(artifacts.distinct("workflow_run_id", f"{is_it} AND workflow_name = ?", (*values, *parts)))
     return _links(artifacts.select("workflow_name = ? AND workflow_run_id = ?", parts), source, _label)
 
 

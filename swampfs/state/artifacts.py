@@ -341,12 +341,13 @@ class Artifacts:
         query = f"SELECT DISTINCT {what} FROM artifact WHERE is_latest = 1 AND ({where}) ORDER BY 1"
         return [str(row[0]) for row in self.db.execute(query, tuple(values))]
 
-    def tags(self, key: str | None = None) -> list[str]:
-        """Keys of tags of the latest artifacts; values of one key."""
-        what, where, values = ("key", "1", ()) if key is None else ("value", "key = ?", (key,))
+    def tags(self, where: str, values: Sequence[object], key: str | None = None) -> list[str]:
+        """Keys of tags of the latest artifacts for which a condition holds; values of one key."""
+        what, is_it, keys = ("key", "1", ()) if key is None else ("value", "key = ?", (key,))
         used = "SELECT 1 FROM tagged JOIN artifact ON artifact.id = tagged.artifact WHERE tagged.tag = tag.id"
-        query = f"SELECT DISTINCT {what} FROM tag WHERE {where} AND EXISTS ({used} AND +is_latest = 1) ORDER BY 1"
-        return [str(row[0]) for row in self.db.execute(query, values)]
+        wanted = f"{is_it} AND EXISTS ({used} AND +is_latest = 1 AND ({where}))"
+        query = f"SELECT DISTINCT {what} FROM tag WHERE {wanted} ORDER BY 1"
+        return [str(row[0]) for row in self.db.execute(query, (*keys, *values))]
 
     def count(self) -> int:
         """Of all that are shown."""

@@ -16,7 +16,9 @@ from swampfs.records import DirtyPath, IndexEntry, Intent, Op, decode_posix, enc
 from swampfs.state.schema import (
     JOURNAL,
     JOURNAL_VERSION,
+    Compacted,
     SchemaError,
+    compact,
     open_database,
     set_aside,
     transaction,
@@ -267,6 +269,10 @@ class Journal:
 
     def set_fact(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (key, value))
+
+    def compact(self) -> Compacted:
+        """See :func:`swampfs.state.schema.compact`."""
+        return compact(self._db)
 
     def sync(self) -> None:
         """Make every record so far survive a power cut; marks already do, forgets and settles may not."""

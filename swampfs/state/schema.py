@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from swampfs.errors import StateError
 
@@ -198,6 +199,34 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
         db.close()
         raise
     return db
+
+
+class Compacted(NamedTuple):
+    """What became of a database; the first two are pages of its write-ahead log."""
+
+    wal_pages: int
+    checkpointed: int
+    reclaimed: int  # bytes
+    skipped: bool  # it is too large to be rewritten while somebody waits
+
+
+def compact(db: sqlite3.Connection, largest: int | None = None) -> Compacted:
+    """Empty the write-ahead log, and give unused pages back; of a file of more than ``largest`` bytes only the first.
+
+    Raises sqlite3.Error: nothing is lost.
+    """
+    _, wal_pages, checkpointed = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    (page,) = db.execute("PRAGMA page_size").fetchone()
+
+    def count(what: str) -> int:
+        return int(db.execute(f"PRAGMA {what}").fetchone()[0])
+
+    before, is_waste = count("page_count"), count("freelist_count") > 0
+    skipped = is_waste and largest is not None and before * page > largest
+    if is_waste and not skipped:
+        db.execute("VACUUM")
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return Compacted(max(0, wal_pages), max(0, checkpointed), (before - count("page_count")) * page, skipped)
 
 
 def is_disk_full(error: Exception) -> bool:

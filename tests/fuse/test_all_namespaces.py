@@ -21,6 +21,7 @@ from swampfs.threads import Threads
 from tests.datastores import load_monolith, load_shards
 from tests.fuse.test_locks import LOCK, MODEL
 from tests.fuse.test_namespaces import make_repo
+from tests.fuse.test_query import version
 from tests.harness import tree, wait_for
 
 RAW = f"{MODEL}/n/1/raw"
@@ -42,6 +43,35 @@ def everything(datastore, fleet):
     machine = fleet.machine("all", datastore.env)
     machine.mount(datastore.url, "--all-namespaces", "--namespace", "infra")
     return machine
+
+
+def found(machine, *arguments):
+    told = json.loads(machine.run("query", "--mount", str(machine.path), "--json", *arguments).stdout)
+    return sorted((one["namespace"], one["modelName"], one["version"]) for one in told["results"])
+
+
+def test_artifacts_of_other_namespaces_are_known_by_what_they_export(datastore, fleet):
+    row = {"namespace": "security", "type_normalized": "acme/probe", "model_id": "m", "data_name": "n", "id": "u",
+           "version": 3, "is_latest": 1, "model_name": "theirs", "tags": "{}", "created_at": "2026-01-01T00:00:00.000Z",
+           "size": 2, "streaming": 0, "content_type": "application/json"}  # fmt: skip
+    datastore.put("security/.catalog-export.json", json.dumps([row, 7, {}]).encode())
+    datastore.put("empty/.catalog-export.json", b"nonsense")
+    load_shards(datastore.below("infra"), version(1, "ours", 1, b"{}"))
+    load_monolith(datastore.below("security"), [("data/acme/probe/m/n/3/raw", b"{}")])
+    both, one = fleet.machine("both", datastore.env), fleet.machine("one", datastore.env)
+    both.mount(datastore.url, "--all-namespaces", "--namespace", "infra")
+    one.mount(datastore.url, "--namespace", "infra")
+    everything = [("infra", "probe-1", 1), ("security", "theirs", 3)]
+    assert found(both) == found(one) == everything
+    assert found(one, 'ns == "security"') == everything[1:]
+    path = both.run("latest", "--mount", str(both.path), "security:theirs", "n").stdout.strip()
+    assert path == f"{both.path}/security/data/acme/probe/m/n/3/raw"
+    done = one.run("latest", "--mount", str(one.path), "security:theirs", "n", check=False)
+    assert (done.returncode, "--all-namespaces" in done.stderr) == (1, True)
+    assert (both.path / ".swampfs/latest/theirs/n").read_bytes() == b"{}"
+    assert os.readlink(both.path / ".swampfs/by-model/probe-1/ours").startswith("../../../infra/data/")
+    assert sorted(os.listdir(both.path / ".swampfs/by-model")) == ["probe-1", "theirs"]
+    assert os.listdir(one.path / ".swampfs/by-model") == ["probe-1"], "what it does not show it has no links to"
 
 
 @contextlib.contextmanager

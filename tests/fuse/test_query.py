@@ -202,3 +202,22 @@ def test_hostile_metadata_harms_nobody(machine):
         (top / "metadata.yaml").write_bytes(body)
     assert query(machine, "version > 0")["total"] == 12
     assert machine.status()["healthy"]
+
+
+def test_databases_give_back_what_was_forgotten(machine):
+    write(machine, [file for number in range(300) for file in version(1, f"new-{number}", 1, b"{}")])
+    assert query(machine)["total"] == 306
+    shutil.rmtree(machine.path / f"data/acme/probe/{ID}1")
+    assert query(machine)["total"] == 6
+    state = Path(f"{machine.status()['stateDir']}/state")
+
+    def size():
+        return sum(path.stat().st_size for path in state.glob("artifacts.db*"))
+
+    before = size()
+    done = json.loads(machine.run("compact", "--json", str(machine.path)).stdout)
+    assert done["dbBytesReclaimed"] > 0
+    assert not done["vacuumSkipped"]
+    assert size() < before
+    assert query(machine)["total"] == 6
+    assert "0 bytes given back" in machine.run("compact", str(machine.path)).stdout

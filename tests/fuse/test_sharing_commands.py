@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from swampfs.fs.links import TOPS
 from tests.datastores import check_bucket, load_shards
 from tests.fuse.test_locks import FILES, LOCK, MODEL, record
 from tests.harness import wait_for
@@ -117,7 +118,10 @@ def test_a_held_lock_ends_lock_run_with_75_and_the_holder(shell, bucket):
 def test_the_mount_says_in_swampfs_what_status_says_and_hides_it_from_listings(shell, bucket):
     shell.mount(bucket.url)
     assert ".swampfs" not in os.listdir(shell.path)
-    assert sorted(os.listdir(shell.path / ".swampfs")) == ["errors", "locks", "metrics", "pending", "status.json"]
+    files = {"errors", "locks", "metrics", "pending", "stats.json", "status.json"}
+    assert set(os.listdir(shell.path / ".swampfs")) - set(TOPS) == files
+    stats = json.loads((shell.path / ".swampfs/stats.json").read_text())
+    assert stats["requests"]["get"] > 0
     (shell.path / RAW).write_text("changed")
     (held,) = map(json.loads, (shell.path / ".swampfs/locks").read_text().splitlines())
     assert (held["lock"], held["state"], held["by"]) == (LOCK, "held", "mount")
