@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,18 +15,20 @@ from typing import Any, TypeVar
 import click
 import trio
 
+from swampfs.cli.control import ask, pick
 from swampfs.cli.sync import lock_options
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
-from swampfs.errors import UsageError
+from swampfs.errors import NotMountedError, UsageError
 from swampfs.names import Keyspace, ModelRef
 from swampfs.provider import DistributedLock
 from swampfs.records import LockInfo
+from swampfs.settings import find_repo
 
 T = TypeVar("T")
 
 _PLACE = [
-    click.option("--source", help="A URL or a repository; default: the repository here."),
+    click.option("--source", help="A URL or a repository; default: the repository here, or the only mount."),
     click.option("--namespace", default="", help="Instead of the repository's own."),
 ]
 
@@ -146,6 +149,10 @@ async def _as_writer(datastore: OpenDatastore, model: ModelRef, work: Callable[[
 
 
 def _open(source: str | None, namespace: str) -> OpenDatastore:
+    if source is None and not os.environ.get("SWAMP_DATASTORE") and find_repo(Path.cwd()) is None:
+        with suppress(NotMountedError):  # then it is a repository that is missing
+            mounted = ask(pick(None), {"cmd": "status"})
+            source, namespace = mounted["source"], namespace or mounted["namespace"] or ""
     return open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=Path("/nonexistent"))
 
 
