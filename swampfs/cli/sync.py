@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -16,10 +15,12 @@ import click
 import trio
 
 from swampfs import registry
+from swampfs.cli import environment
 from swampfs.cli.words import FILE_NAME
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
 from swampfs.errors import (
+    AccessDeniedError,
     DatastoreTypeError,
     NotMountedError,
     SettingsError,
@@ -128,7 +129,7 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
 
 @click.command()
 @_source
-@click.option("--repair", is_flag=True, help="Mend what can be mended: index shards, foreign objects.")
+@click.option("--repair", is_flag=True, help="Mend what can be mended: index shards, foreign objects, dead mounts.")
 @_namespace
 @_json
 def doctor(source: str | None, repair: bool, namespace: str, as_json: bool) -> None:
@@ -141,12 +142,16 @@ def doctor(source: str | None, repair: bool, namespace: str, as_json: bool) -> N
         datastore = _open_for_doctor(source, namespace)
         answer = _patiently(datastore, "examination", partial(_examine, datastore, repair))
     except (SettingsError, DatastoreTypeError) as error:
-        answer = _answer("unknown", False, [_fuse(), *_mounts(), _finding("settings", error.line(), passed=False)])
+        answer = _answer(
+            "unknown", False, [*environment.examine(), environment.finding("settings", error.line(), passed=False)]
+        )
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
         for finding in answer["healthFindings"]:
             click.echo(f"{'ok  ' if finding['passed'] else 'FAIL'}  {finding['check']:12} {finding['message']}")
+            if "repair" in finding and not repair:
+                click.echo(f"                   --repair {finding['repair']}")
         for line in answer["repairs"]:
             click.echo(f"      repaired     {line}")
     sys.exit(0 if answer["overallStatus"] == "pass" else 1)
@@ -291,26 +296,31 @@ def _through_mount(mount: registry.Registration, mode: str, timeout_s: float) ->
 
 
 async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
-    findings = [_fuse(), *_mounts(), *_extensions(datastore)]
+    repairs = environment.repair() if repair else []
+    findings = [*environment.examine(), *_extensions(datastore)]
     health = await datastore.provider.create_verifier().verify()
-    findings.append(_finding("health", health.message, passed=health.healthy))
-    repairs: list[str] = []
+    findings.append(environment.finding("health", health.message, passed=health.healthy))
     contamination = None
     provider = datastore.provider
     if health.healthy and isinstance(provider, ObjectStoreProvider) and not datastore.is_directory:
+        findings.append(await _conditional(provider, datastore.namespace))
         try:
             report = await provider.examine_index(datastore.namespace)
             if repair and not report.sound and report.mode is IndexMode.SHARDS:
                 shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
                 repairs.append(f"index rebuilt from the objects: {len(shards.partitions)} shards")
                 report = await provider.examine_index(datastore.namespace)
-            findings.append(_finding("index", _index_text(report), passed=report.sound))
+            findings.append(_of_index(report))
         except SwampfsError as error:
-            findings.append(_finding("index", error.line(), passed=False))
+            findings.append(environment.finding("index", error.line(), passed=False))
         if datastore.namespace and str(datastore.cache_path) != os.devnull:
             contamination = await _contamination(datastore, repairs, repair=repair)
             if contamination is not None:
-                findings.append(_finding("namespace", f"objects of {contamination} inside it", passed=False))
+                findings.append(
+                    environment.finding(
+                        "namespace", f"objects of {contamination} inside it", passed=False, repair="removes them"
+                    )
+                )
     findings.extend(_caches(datastore))
     return {
         **_answer(datastore.type, datastore.is_custom, findings),
@@ -340,34 +350,28 @@ def _answer(kind: str, is_custom: bool, findings: list[dict[str, Any]]) -> dict[
     }
 
 
-def _finding(check: str, message: str, *, passed: bool) -> dict[str, Any]:
-    return {"check": check, "passed": passed, "message": message}
-
-
-def _fuse() -> dict[str, Any]:
-    if not os.path.exists("/dev/fuse"):
-        return _finding("fuse", "there is no /dev/fuse: load the kernel's fuse module to mount", passed=False)
-    if shutil.which("fusermount3") is None:
-        return _finding("fuse", "fusermount3 is missing: install fuse3 to mount", passed=False)
-    return _finding("fuse", "this machine can mount", passed=True)
-
-
-def _mounts() -> list[dict[str, Any]]:
-    found = []
-    for mount in registry.registrations(os.environ):
-        try:
-            status = registry.request(mount, {"cmd": "status"}, 5.0)
-        except NotMountedError as error:
-            found.append(_finding("mount", error.line(), passed=False))
-            continue
-        problem = status.get("lastError")
-        text = f"{mount.mountpoint}: {problem or 'healthy'}, {status.get('dirty')} change(s) to push"
-        found.append(_finding("mount", text, passed=problem is None))
-    return found
-
-
 def _extensions(datastore: OpenDatastore) -> list[dict[str, Any]]:
-    return [_finding("extension", f"{broken.origin}: {broken.reason}", passed=False) for broken in datastore.broken]
+    return [
+        environment.finding("extension", f"{broken.origin}: {broken.reason}", passed=False)
+        for broken in datastore.broken
+    ]
+
+
+async def _conditional(provider: ObjectStoreProvider, namespace: str) -> dict[str, Any]:
+    """Whether two writers can be kept apart."""
+    try:
+        await provider.prove_preconditions(namespace)
+    except AccessDeniedError:
+        return environment.finding("writing", "these credentials may only read: mount it --read-only", passed=True)
+    except SwampfsError as error:
+        return environment.finding("writing", error.line(), passed=False)
+    return environment.finding("writing", "conditional writes are honoured", passed=True)
+
+
+def _of_index(report: IndexReport) -> dict[str, Any]:
+    is_mendable = not report.sound and report.mode is IndexMode.SHARDS
+    repair = "rebuilds the shards from the objects" if is_mendable else ""
+    return environment.finding("index", _index_text(report), passed=report.sound, repair=repair)
 
 
 def _index_text(report: IndexReport) -> str:
@@ -408,8 +412,10 @@ def _caches(datastore: OpenDatastore) -> list[dict[str, Any]]:
     try:
         dirty = json.loads(sidecar.read_text()).get("localDirty") if sidecar.exists() else False
     except (OSError, ValueError, AttributeError):
-        return [_finding("cache", f"{sidecar} cannot be read: the next push looks at every file", passed=False)]
+        return [
+            environment.finding("cache", f"{sidecar} cannot be read: the next push looks at every file", passed=False)
+        ]
     text = f"{cache}: {'work to push' if dirty else 'nothing to push'}"
     if count:
         text += f"; {count} content(s) kept in {kept} because another machine won"
-    return [_finding("cache", text, passed=True)]
+    return [environment.finding("cache", text, passed=True)]

@@ -27,7 +27,7 @@ from swampfs.sync.datastore_lock import DatastoreLock, HeldLocks
 from swampfs.sync.drain import ModelLocks, as_writer, structurally
 from swampfs.sync.examine import IndexReport, examine
 from swampfs.sync.listing import ListingIndex
-from swampfs.sync.locks import Lock
+from swampfs.sync.locks import Lock, prove_preconditions
 from swampfs.sync.migrate import ShardWriter
 from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.object_index import ObjectIndex
@@ -123,6 +123,11 @@ class ObjectStoreProvider:
     async def examine_index(self, namespace: str) -> IndexReport:
         """Compare a namespace's index with its objects. Writes nothing."""
         return await examine(self._remote, self._keys._replace(namespace=namespace))
+
+    async def prove_preconditions(self, namespace: str) -> None:
+        """One request, which changes nothing in a store that honours them. Raises PreconditionsUnsupportedError."""
+        key = self._keys._replace(namespace=namespace).data("_control/swampfs/precondition-probe")
+        await prove_preconditions(self._remote, key)
 
     async def migrate_index(self, namespace: str, options: LockOptions) -> ShardMap:
         """Version 1 → 2, or shards that agree with the objects (version 2), while nobody writes.

@@ -262,3 +262,23 @@ def test_the_library_and_its_commands_do_without_the_kernel(tmp_path):
     assert done.returncode == 1
     assert "there is no pyfuse3" in done.stderr
     assert "pip install 'swampfs[mount]'" in done.stderr
+
+
+def test_the_doctor_finds_a_mount_whose_process_is_gone_and_clears_it(repo, run, bucket, fleet):
+    machine = fleet.machine("left", bucket.env)
+    machine.mount(bucket.url)
+    machine.kill()
+    code, out, _ = run("doctor", cwd=repo)
+    assert code == 1
+    assert f"{machine.path}: left by a process that is gone" in out
+    assert "--repair clears it" in out
+    code, out, _ = run("doctor", "--repair", cwd=repo)
+    assert f"cleared the mount a dead process left at {machine.path}" in out
+    assert not os.path.ismount(machine.path)
+    _, out, _ = run("doctor", cwd=repo)
+    assert "left by a process" not in out
+
+
+def test_the_doctor_says_whether_two_writers_can_be_kept_apart(repo, run):
+    _, out, _ = run("doctor", cwd=repo)
+    assert "ok    writing      conditional writes are honoured" in out

@@ -1,0 +1,107 @@
+"""What ``swampfs doctor`` finds on this machine: what mounting needs, and mounts that were left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from swampfs import registry
+from swampfs.errors import MountError, NotMountedError
+from swampfs.fuse import mountpoint as mountpoints
+
+_DEVICE = "/dev/fuse"
+_CONFIGURATION = Path("/etc/fuse.conf")
+_TYPE = "fuse.swampfs"
+_ANSWER_S = 5.0
+
+
+def finding(check: str, message: str, *, passed: bool, repair: str = "") -> dict[str, Any]:
+    """One line of an examination; ``repair`` is what ``--repair`` would do about it."""
+    return {"check": check, "passed": passed, "message": message, **({"repair": repair} if repair else {})}
+
+
+def examine() -> list[dict[str, Any]]:
+    """What this machine can do, and its mounts."""
+    return [_fuse(), *_mounts(), *_left_behind()]
+
+
+def repair() -> list[str]:
+    """Clear mounts whose process is gone; returns what was done. Raises MountError."""
+    cleared = []
+    for mountpoint in _dead():
+        mountpoints.clear_stale(mountpoint)
+        cleared.append(f"cleared the mount a dead process left at {mountpoint}")
+    return cleared
+
+
+def _fuse() -> dict[str, Any]:
+    try:
+        mode = os.stat(_DEVICE).st_mode
+    except FileNotFoundError:
+        return finding("fuse", f"there is no {_DEVICE}: load the kernel's fuse module to mount", passed=False)
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        return finding("fuse", "fusermount3 is missing: install fuse3 to mount", passed=False)
+    if importlib.util.find_spec("pyfuse3") is None:
+        return finding("fuse", "pyfuse3 is missing: install swampfs[mount] to mount", passed=False)
+    if os.geteuid() == 0:
+        return finding("fuse", "this machine can mount", passed=True)
+    if not os.stat(helper).st_mode & stat.S_ISUID:
+        return finding("fuse", f"{helper} is not setuid: only root can mount (chmod u+s)", passed=False)
+    if not mode & stat.S_IWOTH and not os.access(_DEVICE, os.R_OK | os.W_OK):
+        return finding("fuse", f"{_DEVICE} is not yours to open: chmod 666, or join its group", passed=False)
+    shares = "" if _may_share() else f"; --allow-other needs user_allow_other in {_CONFIGURATION}"
+    return finding("fuse", f"this machine can mount{shares}", passed=True)
+
+
+def _may_share() -> bool:
+    try:
+        lines = _CONFIGURATION.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def _mounts() -> list[dict[str, Any]]:
+    found = []
+    for mount in registry.registrations(os.environ):
+        try:
+            status = registry.request(mount, {"cmd": "status"}, _ANSWER_S)
+        except NotMountedError as error:
+            found.append(finding("mount", error.line(), passed=False))
+            continue
+        problem = status.get("lastError")
+        text = f"{mount.mountpoint}: {problem or 'healthy'}, {status.get('dirty')} change(s) to push"
+        found.append(finding("mount", text, passed=problem is None))
+    return found
+
+
+def _left_behind() -> list[dict[str, Any]]:
+    return [
+        finding(
+            "mount",
+            f"{mountpoint}: left by a process that is gone; its changes are in its journal",
+            passed=False,
+            repair="clears it, so that it can be mounted again",
+        )
+        for mountpoint in _dead()
+    ]
+
+
+def _dead() -> list[str]:
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        fields = line.split()
+        if fields[fields.index("-") + 1] != _TYPE:
+            continue
+        mountpoint = fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="replace")
+        try:
+            if mountpoints.is_stale(mountpoint):
+                found.append(mountpoint)
+        except MountError:
+            continue  # it is busy; among the mounts that answer it is told that it does not
+    return found
