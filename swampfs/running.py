@@ -14,6 +14,7 @@ import trio
 
 from swampfs import __version__, metrics
 from swampfs.artifacts.keeper import Keeper
+from swampfs.artifacts.query import LARGEST
 from swampfs.datastore import Datastore
 from swampfs.errors import FileError, HostileNameError, UsageError
 from swampfs.foreign import ForeignNamespaces
@@ -37,7 +38,6 @@ from swampfs.sync.service import SyncService
 
 _MOST_MODELS = 20
 _LARGEST_REWRITTEN = 64 << 20  # bytes of the catalog: to rewrite more of it would hold the mount up for seconds
-_LARGEST = 1 << 20  # bytes of content that a directory of links looks at
 _COUNTED = 5000  # changes by model: more of them would hold the loop up
 
 
@@ -157,7 +157,7 @@ class Mount:
                 return None
             try:
                 with open(self.sync.cache.open(path), "rb") as file:
-                    return file.read(_LARGEST)
+                    return file.read() if os.fstat(file.fileno()).st_size <= LARGEST else None
             except OSError:
                 return None
 

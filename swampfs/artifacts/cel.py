@@ -22,7 +22,7 @@ _TOKEN = re.compile(
 )
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-3][0-7]{2})|(.))", re.DOTALL)
 _SIMPLE = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
-_MACROS = {"all", "exists", "exists_one", "map", "filter"}
+MACROS = {"all", "exists", "exists_one", "map", "filter"}
 _RELATIONS = {"<", "<=", ">=", ">", "==", "!=", "in"}
 _DEEPEST = 100
 
@@ -205,7 +205,9 @@ def parse(text: str) -> Term:
     """Raises SyntaxTrouble."""
     try:
         return _Parser(text).whole()
-    except (OverflowError, RecursionError) as error:
+    except SyntaxTrouble:
+        raise
+    except (ValueError, OverflowError, RecursionError) as error:  # of a character that there is none, too
         raise SyntaxTrouble(str(error)) from None
 
 
@@ -213,7 +215,7 @@ def free_names(term: Term, bound: frozenset[str] = frozenset()) -> set[str]:
     """What an expression refers to, without what its macros bind."""
     if term.kind == "name":
         return set() if term.value in bound else {str(term.value)}
-    if term.kind == "call" and term.value in _MACROS and len(term.parts) > 2 and term.parts[1].kind == "name":
+    if term.kind == "call" and term.value in MACROS and len(term.parts) > 2 and term.parts[1].kind == "name":
         inner = bound | {str(term.parts[1].value)}
         return free_names(term.parts[0], bound).union(*(free_names(part, inner) for part in term.parts[2:]))
     return set().union(*(free_names(part, bound) for part in term.parts))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -20,7 +21,7 @@ from swampfs.errors import AbsentError, SwampfsError
 from swampfs.records import IndexEntry, Node, Residency
 from swampfs.state.artifacts import Artifacts, Document
 from swampfs.state.documents import Documents
-from swampfs.state.schema import Compacted, compact, is_damaged
+from swampfs.state.schema import Compacted, compact, is_damaged, is_local_fault
 from swampfs.sync.catalogs import Catalogs
 from swampfs.sync.namespaces import Namespaces
 from swampfs.sync.parallel import for_each
@@ -80,7 +81,7 @@ class Keeper:
         Its connection is used in :attr:`Lane.ARTIFACTS` only; other processes open the file for themselves.
         Raises StoreError if metadata cannot be read; what could be is kept.
         """
-        async with self._lock:
+        async with self._lock, self._in_words():
             try:
                 return await self._bring_up_to_date(anew=anew)
             except Exception as error:
@@ -91,21 +92,29 @@ class Keeper:
 
     async def bring_name(self, name: str) -> Artifacts:
         """As above, sure of one data name only: a question for that need not wait for all the others."""
-        async with self._lock:
+        async with self._lock, self._in_words():
             artifacts = await self._opened(anew=False)
             self._note_touched()
             wanted = {path for path in self._documents.called(name) if metadata.path_of(f"{path}/1") is not None}
-            await self._look(artifacts, wanted)
+            known = await self._parts.remote.threads.read(Lane.ARTIFACTS, artifacts.places, self._namespace, name)
+            gone = {path for path in self._names if path.endswith(f"/{name}")}
+            await self._look(artifacts, wanted.union(known, gone))
             return artifacts
 
     async def ask(self, question: Callable[[Artifacts], T]) -> T:
         """Ask the catalog, brought up to date. Raises as :meth:`bring_up_to_date`."""
         artifacts = await self.bring_up_to_date()
+        try:
+            return await self._parts.remote.threads.read(Lane.ARTIFACTS, question, artifacts)
+        except Exception as error:
+            if not is_damaged(error):
+                raise
+        artifacts = await self.bring_up_to_date(anew=True)
         return await self._parts.remote.threads.read(Lane.ARTIFACTS, question, artifacts)
 
     async def compact(self) -> Compacted:
         """Give back the room of what was forgotten."""
-        async with self._lock:
+        async with self._lock, self._in_words():
             artifacts = await self._opened(anew=False)
             return await self._parts.remote.threads.write(Lane.ARTIFACTS, compact, artifacts.db)
 
@@ -116,6 +125,19 @@ class Keeper:
     def close(self) -> None:
         if self._artifacts is not None:
             self._artifacts.close()
+
+    @asynccontextmanager
+    async def _in_words(self) -> AsyncIterator[None]:
+        """What this machine's disk or somebody else's program does to the catalog is told, and no bug."""
+        try:
+            yield
+        except Exception as error:
+            if not is_local_fault(error):
+                raise
+            raise SwampfsError(
+                f"the artifact catalog {self._path} cannot be kept: {error}",
+                remedy="make room, or wait for who uses it, and ask again",
+            ) from None
 
     # --- parts --------------------------------------------------------------------------------------------
 
@@ -174,14 +196,14 @@ class Keeper:
         for batch in _slices(sorted(names), _NAMES_AT_ONCE):
             known = await threads.read(Lane.ARTIFACTS, artifacts.versions, self._namespace, batch)
             self._names.difference_update(batch)  # a change from now on is another one
-            changes = self._changes(known)
             try:
+                changes = self._changes(known)
                 documents = await self._read(changes.to_read)
+                notes = [self._note_of(name, known[name], documents.get(name, []), changes) for name in batch]
+                await threads.write(Lane.ARTIFACTS, self._write, artifacts, notes)
             except BaseException:
                 self._names.update(batch)
                 raise
-            notes = [self._note_of(name, known[name], documents.get(name, []), changes) for name in batch]
-            await threads.write(Lane.ARTIFACTS, self._write, artifacts, notes)
             self.done += len(batch)
 
     def _note_of(self, name: str, known: Iterable[str], documents: Sequence[Document], changes: _Changes) -> _Note:

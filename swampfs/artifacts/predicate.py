@@ -77,7 +77,7 @@ class Expression:
         try:
             self.term = parse(text)
             self.names = free_names(self.term)
-            unknown = functions(self.term) - _FUNCTIONS
+            self.calls = functions(self.term)
         except (SyntaxTrouble, RecursionError) as error:
             why = str(error) if isinstance(error, SyntaxTrouble) else "it nests too deeply"
             raise UsageError(f"the {what} {text!r} is no CEL expression: {why}") from None
@@ -88,6 +88,7 @@ class Expression:
                 f"unknown field {', '.join(sorted(strange))} in the {what}{hint}",
                 remedy=f"there are {', '.join(sorted(FIELDS))}",
             )
+        unknown = self.calls - _FUNCTIONS
         if unknown:
             raise UsageError(
                 f"unknown function {', '.join(sorted(unknown))} in the {what}",

@@ -7,6 +7,7 @@ version's bytes are read, and what is not on this machine reads as ``None``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from swampfs.artifacts.predicate import NUMBERS, TEXTS, TRUTHS, Expression, Pred
 from swampfs.state.artifacts import Artifact, Artifacts
 
 Content = Callable[[Artifact], bytes | None]
+LARGEST = 16 << 20
+"""Bytes of content; what has more is looked at by nobody, as if it were not here."""
 
 _YAML = {"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"}
 _COLUMN_OF = {**TEXTS, **NUMBERS, **TRUTHS}
@@ -117,6 +120,8 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if value is None or isinstance(value, str | int | float | bool):
         return value
     isoformat = getattr(value, "isoformat", None)

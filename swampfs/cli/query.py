@@ -20,7 +20,7 @@ import yaml
 
 from swampfs import registry
 from swampfs.artifacts.predicate import Expression, Predicate
-from swampfs.artifacts.query import Record, search, selected
+from swampfs.artifacts.query import LARGEST, Record, search, selected
 from swampfs.cli.control import ask, pick
 from swampfs.cli.words import FILE_NAME, printable
 from swampfs.errors import SwampfsError, UsageError
@@ -28,10 +28,10 @@ from swampfs.state.artifacts import Artifact, Artifacts
 from swampfs.state.schema import is_damaged
 
 _FILL_S = 24 * 3600.0  # the first time all metadata is read; it shows how far it is
-_LARGEST = 16 << 20  # bytes of content that are looked at
 _AHEAD = 64  # contents that are fetched at once
 _WIDTHS = (28, 28, 7)  # of model, name and version in a table
 _DIGITS = 1024
+_MOST_RENAMES = 6  # the first name, and five more (data-model spec §3)
 _METADATA = (
     "id", "name", "version", "contentType", "lifetime", "garbageCollection", "streaming", "tags", "ownerDefinition",
     "createdAt", "size", "checksum",
@@ -81,7 +81,9 @@ def _reader(source: _Source, *, fetch: bool) -> Callable[[Artifact], bytes | Non
             return None
         try:
             with open(directory / "raw", "rb") as file:
-                return file.read(_LARGEST)
+                return file.read() if os.fstat(file.fileno()).st_size <= LARGEST else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # being written, or removed
         except OSError as error:
             if not fetch:
                 return None
@@ -112,6 +114,7 @@ def _together(records: Iterator[Record]) -> Iterator[Record]:
 @click.option("--limit", type=click.IntRange(min=1), help="Show no more than so many.")
 @click.option("--hydrate", is_flag=True, help="Fetch content that is looked at and not on this machine.")
 @click.option("--paths", is_flag=True, help="Only the paths of the contents, one per line.")
+@click.option("-0", "--null", is_flag=True, help="With --paths: each ends with a NUL, for `xargs -0`.")
 @click.option("--mount", "mountpoint", type=FILE_NAME, help="Which mount is asked. Default: the one here.")
 @click.option("--json", "as_json", is_flag=True, help="Whole records, as JSON.")
 def query(
@@ -121,6 +124,7 @@ def query(
     limit: int | None,
     hydrate: bool,
     paths: bool,
+    null: bool,
     mountpoint: str | None,
     as_json: bool,
 ) -> None:
@@ -148,7 +152,8 @@ def query(
     if paths:
         for _, directory in found:
             if directory is not None:
-                click.echo(f"{directory}/raw")
+                click.echo(f"{directory}/raw", nl=not null)
+                click.echo("\0" if null else "", nl=False)
     elif as_json:
         results = [selected(record, selection) for record, _ in found]
         told = {} if selection is not None else {"predicate": predicate}
@@ -199,14 +204,24 @@ def latest(model: str, name: str, mountpoint: str | None, as_json: bool) -> None
     Example: cat "$(swampfs latest net-eu vpc-main)"
     """
 
-    def question(source: _Source) -> tuple[Artifact, Path | None]:
-        found = _latest(source.artifacts, model, name, own)
-        return found, source.directory(found)
-
+    for text in (model, name):
+        if not text.isprintable():
+            raise UsageError(f"{text!r} is no name")
     registration = pick(mountpoint)
     own = str(ask(registration, {"cmd": "status"})["namespace"] or "")
     is_of_others = ":" in model and model.partition(":")[0] != own
-    artifact, directory = _answered(registration, question, **({} if is_of_others else {"name": name}))
+    wanted = name
+    for _ in range(_MOST_RENAMES):
+
+        def question(source: _Source, name: str = wanted) -> tuple[Artifact | None, Path | None, str | None]:
+            return _latest(source, model, name, own)
+
+        artifact, directory, renamed = _answered(registration, question, **({} if is_of_others else {"name": wanted}))
+        if renamed is None:
+            break
+        wanted = renamed
+    if artifact is None:
+        raise UsageError(f"{model} has no artifact {name}", remedy="`swampfs query` lists what there is")
     if directory is None:
         raise UsageError(
             f"{name} is in namespace {artifact.namespace}, which is not mounted here",
@@ -239,22 +254,21 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | dict | list | None) else str(value)
 
 
-def _latest(artifacts: Artifacts, model: str, name: str, own: str) -> Artifact:
-    """Raises UsageError if there is none, or more than one model of that name."""
+def _latest(source: _Source, model: str, name: str, own: str) -> tuple[Artifact | None, Path | None, str | None]:
+    """It and its directory, or what it is called now. Raises UsageError if more than one model is called that."""
     namespace, colon, rest = model.partition(":")
     of = rest if colon else model
     values: list[object] = [name, of, of, of]
-    where = (
-        "is_latest = 1 AND data_name = ? AND (model_name = ? OR model_id = ? OR type_normalized || '/' || model_id = ?)"
-    )
+    is_named = "model_name = ? OR model_id = ? OR type_normalized || '/' || model_id = ?"
+    where = f"data_name = ? AND ({is_named})"
     if not (colon and namespace == "*"):
-        where += " AND namespace = ?"
+        where += " AND artifact.namespace = ?"
         values.append(namespace if colon else own)
-    found = list(artifacts.select(where, values))
+    found = list(source.artifacts.select(f"is_latest = 1 AND {where}", values))
     if not found:
-        raise UsageError(f"{model} has no artifact {name}", remedy="`swampfs query` lists what there is")
+        return None, None, source.artifacts.renamed(where, values)
     models = {(one.namespace, one.type_normalized, one.model_id) for one in found}
     if len(models) > 1:
         names = ", ".join(sorted(f"{kind}/{id}" + (f" in {where}" if where else "") for where, kind, id in models))
         raise UsageError(f"{len(models)} models are called {model}", remedy=f"name one by its id: {names}")
-    return found[-1]
+    return found[-1], source.directory(found[-1]), None

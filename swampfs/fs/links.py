@@ -2,7 +2,7 @@
 
 ``by-model/MODEL/NAME``, ``by-tag/KEY/VALUE/…``, ``by-workflow/WORKFLOW/RUN/…``, ``recent/…`` and ``query/PREDICATE/…``
 lead to the directory of a version, ``latest/MODEL/NAME`` to its content. A ``/`` in a name or a predicate is written
-``%2F``. Predicates know of content what is on this machine.
+``%2F``, a ``%`` ``%25``. Predicates know of content what is on this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
+from swampfs.artifacts.cel import MACROS
 from swampfs.artifacts.query import Content, search
+from swampfs.errors import UsageError
 from swampfs.state.artifacts import Artifact, Artifacts
 
 TOPS = ("by-model", "by-tag", "by-workflow", "latest", "query", "recent")
@@ -42,7 +44,9 @@ def listing(artifacts: Artifacts, path: str, source: Source) -> Listing | None:
 
     Raises UsageError for a predicate that is wrong.
     """
-    top, *parts = [unquote(part) for part in path.split("/")]
+    top, *parts = path.split("/")
+    if top != "query":
+        parts = [unquote(part) for part in parts]
     if top == "recent" and not parts:
         newest = artifacts.select("is_latest = 1", (), newest_first=True, limit=_RECENT)
         return _links(newest, source, lambda one: f"{one.created_at} {_label(one)}")
@@ -62,7 +66,11 @@ def _query(artifacts: Artifacts, parts: list[str], source: Source) -> Listing | 
         return {} if not parts else None
     from swampfs.artifacts.predicate import Predicate  # costs an import that few mounts need
 
-    found = (record.artifact for record in search(artifacts, Predicate(parts[0]), source.content))
+    predicate = Predicate(parts[0].replace("%2F", "/").replace("%25", "%"))
+    if predicate.calls & MACROS:
+        # The library evaluates them in one go, while nothing else of the mount can run.
+        raise UsageError("what goes through lists and maps is not for a directory", remedy="ask `swampfs query`")
+    found = (record.artifact for record in search(artifacts, predicate, source.content))
     return _links(found, source, _label) or {}
 
 

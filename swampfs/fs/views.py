@@ -86,6 +86,8 @@ class Views:
 
     async def prepare(self, directory: int, name: str | None = None) -> None:
         """Find out what is in a directory of links, or whether ``name`` is. Raises what asking the catalog raises."""
+        if len(self._nodes) > _MOST_KNOWN:
+            self._forget()
         if self._links is None or directory not in self._nodes:
             return
         path = self._nodes[directory][0]
@@ -116,8 +118,6 @@ class Views:
 
     def _number(self, path: str, target: str | None) -> int:
         """Its inode, which stays while it is known."""
-        if len(self._nodes) > _MOST_KNOWN:
-            self._forget()
         ino = self._paths.get(path)
         if ino is None:
             self._last += 1

@@ -146,6 +146,8 @@ class Artifacts:
         self.path = path
         self.db: sqlite3.Connection
         self._tags: dict[tuple[str, str], int] = {}
+        self._inode: int | None = None
+        self._log: int | None = None
         self._open(read_only=read_only)
 
     def _open(self, *, read_only: bool) -> None:
@@ -163,20 +165,21 @@ class Artifacts:
             set_aside(self.path)
             self.db = open_database(self.path, _SCHEMA, VERSION, "NORMAL")
         self.db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
-        self._inode = os.stat(self.path).st_ino
+        self._inode = _inode(self.path)
 
     def close(self) -> None:
         self.db.close()
 
     def is_lost(self) -> bool:
-        """Whether the file under its name is no longer the one that is open."""
-        try:
-            return os.stat(self.path).st_ino != self._inode
-        except FileNotFoundError:
-            return True
+        """Whether the files under its names are no longer those that are open."""
+        log = _inode(f"{self.path}-wal")
+        if self._log is None:
+            self._log = log
+        return _inode(self.path) != self._inode or log != self._log
 
     def make_anew(self) -> None:
         """Begin with nothing."""
+        self._inode = self._log = None  # until it is open
         self.db.close()
         self._tags.clear()
         for suffix in ("", "-wal", "-shm"):
@@ -195,6 +198,11 @@ class Artifacts:
         """The same of some names, by their directories."""
         query = "SELECT path, fingerprint FROM document WHERE namespace = ? AND place = ?"
         return {place: dict(self.db.execute(query, (namespace, place)).fetchall()) for place in places}
+
+    def places(self, namespace: str, name: str) -> list[str]:
+        """Directories of a data name, of whatever model."""
+        query = "SELECT place FROM name WHERE namespace = ? AND substr(place, ?) = ?"
+        return [row[0] for row in self.db.execute(query, (namespace, -len(name) - 1, f"/{name}"))]
 
     def markers(self, namespace: str) -> dict[str, str]:
         """Directory of each name → what its ``latest`` was when :meth:`settle` was told of it; ``""`` is none."""
@@ -264,7 +272,10 @@ class Artifacts:
         return int(number), was
 
     def _settle(self, namespace: str, place: str, new: Mapping[int, Artifact], latest: int | None) -> None:
-        """Show the latest of each step (spec §5.4), and nothing at all of a name whose latest is a tombstone."""
+        """Show the latest of each step (spec §5.4), and nothing at all of a name whose latest is a tombstone.
+
+        Versions above the one that ``latest`` names are of a write that is not finished (§4), and are no latest.
+        """
         rows = self.db.execute(
             "SELECT id, version, lifecycle, step_name, is_latest FROM document"
             " WHERE namespace = ? AND place = ? AND problem IS NULL",
@@ -275,7 +286,7 @@ class Artifacts:
         gone = newest is None or versions[newest] == "deleted"
         last: dict[str, int] = {}
         for _, version, lifecycle, step, _ in rows:
-            if lifecycle != "deleted":
+            if lifecycle != "deleted" and newest is not None and version <= newest:  # what follows is not finished
                 last[step] = max(version, last.get(step, 0))
         for number, version, lifecycle, step, was in rows:
             is_latest = LATEST if last.get(step) == version else HISTORY
@@ -336,6 +347,15 @@ class Artifacts:
         for row in cursor:
             yield _artifact(row)
 
+    def renamed(self, where: str, values: Sequence[object]) -> str | None:
+        """What a name is called now whose latest says that it was renamed."""
+        query = (
+            "SELECT renamed_to FROM document JOIN artifact USING (id)"
+            f" WHERE lifecycle = 'deleted' AND renamed_to <> '' AND ({where}) ORDER BY artifact.version DESC LIMIT 1"
+        )
+        row = self.db.execute(query, tuple(values)).fetchone()
+        return None if row is None else str(row[0])
+
     def distinct(self, what: str, where: str = "1", values: Sequence[object] = ()) -> list[str]:
         """What the latest artifacts have in a column, ascending."""
         query = f"SELECT DISTINCT {what} FROM artifact WHERE is_latest = 1 AND ({where}) ORDER BY 1"
@@ -352,6 +372,13 @@ class Artifacts:
     def count(self) -> int:
         """Of all that are shown."""
         return int(self.db.execute(f"SELECT count(*) FROM artifact WHERE is_latest >= {HISTORY}").fetchone()[0])
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
 
 
 _AT = {name: at for at, name in enumerate(_FIELDS)}

@@ -80,7 +80,8 @@ class Documents:
         ]
 
 
+_LOCAL = "'local:' || size || ':' || mtime_ns || ':' || ctime_ns"
 _FINGERPRINT = (
-    f"CASE WHEN residency = {Residency.DIRTY:d} OR base_size IS NULL THEN 'local:' || size || ':' || mtime_ns"
+    f"CASE WHEN residency = {Residency.DIRTY:d} OR base_size IS NULL THEN {_LOCAL}"
     " ELSE coalesce(base_sha256, base_size || ':' || base_modified) END"
 )

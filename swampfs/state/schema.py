@@ -235,8 +235,10 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def is_damaged(error: Exception) -> bool:
-    """Whether a database turned out to be none, or a broken one."""
-    return isinstance(error, sqlite3.DatabaseError) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN
+    """Whether a database turned out to be none, a broken one, or one without our tables."""
+    if not isinstance(error, sqlite3.DatabaseError):
+        return False
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN or "no such table" in str(error)
 
 
 def is_local_fault(error: BaseException) -> bool:

@@ -63,6 +63,10 @@ def test_a_predicate_that_is_wrong_is_no_directory_and_why_is_told(machine):
         os.listdir(wrong)
     assert caught.value.errno == errno.EINVAL
     assert "unknown field nam" in (machine.path / ".swampfs/errors").read_text()
+    with pytest.raises(OSError) as caught:
+        os.listdir(machine.path / ".swampfs/query/[1, 2].all(a, a > 0)")
+    assert caught.value.errno == errno.EINVAL
+    assert len(os.listdir(machine.path / ".swampfs/query/version %25 2 == 0")) == 6
 
 
 def test_links_follow_what_is_written_here_and_there(bucket, fleet, machine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -87,6 +88,8 @@ def test_paths_can_be_handed_to_other_programs(machine):
     lines = machine.run("query", "--mount", str(machine.path), "--paths", 'name == "item-1"').stdout.splitlines()
     assert len(lines) == 3
     assert {json.loads(Path(path).read_bytes())["name"] for path in lines} == {"item-1"}
+    ended = machine.run("query", "--mount", str(machine.path), "--paths", "-0", 'name == "item-1"').stdout
+    assert ended.split("\0") == [*lines, ""]
     table = machine.run("query", "--mount", str(machine.path), "--limit", "2")
     assert len(table.stdout.splitlines()) == 3
     assert "only 2 were asked for" in table.stderr
@@ -150,12 +153,23 @@ def test_the_latest_of_a_name_is_found_without_reading_all_metadata(machine):
     assert told["checksum"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("harm", ["deleted", "damaged", "foreign", "damaged while it is open"])
+@pytest.mark.parametrize(
+    "harm", ["deleted", "log deleted", "truncated", "damaged", "foreign", "damaged while it is open"]
+)
 def test_a_catalog_that_is_lost_heals_by_itself(bucket, machine, harm):
     assert query(machine)["total"] == 6
     path = f"{machine.status()['stateDir']}/state/artifacts.db"
     if harm == "deleted":
         os.unlink(path)
+    elif harm == "log deleted":
+        os.unlink(f"{path}-wal")
+        os.unlink(f"{path}-shm")
+        write(machine, version(1, "new", 1, b"{}"))
+        assert query(machine)["total"] == 7
+        shutil.rmtree(machine.path / f"data/acme/probe/{ID}1")
+    elif harm == "truncated":
+        machine.run("compact", str(machine.path))
+        os.truncate(path, 0)
     elif harm == "damaged while it is open":
         with open(path, "r+b") as file:
             file.seek(4096)
@@ -171,6 +185,45 @@ def test_a_catalog_that_is_lost_heals_by_itself(bucket, machine, harm):
                 file.write(b"nonsense" * 100)
         machine.mount(bucket.url)
     assert query(machine)["total"] == 6
+
+
+def test_the_latest_is_right_after_a_removal_and_a_rename(machine):
+    write(machine, [*version(1, "one", 1, b"{}"), *version(1, "two", 1, b"{}")])
+
+    def latest(name, check=True):
+        return machine.run("latest", "--mount", str(machine.path), "probe-1", name, check=check)
+
+    assert latest("one").stdout.strip().endswith("/one/1/raw")
+    assert latest("two").stdout.strip().endswith("/two/1/raw")
+    shutil.rmtree(machine.path / f"data/acme/probe/{ID}1/one")
+    assert latest("one", check=False).returncode == 1
+    os.rename(machine.path / f"data/acme/probe/{ID}1", machine.path / f"data/acme/probe/{ID}8")
+    assert latest("two").stdout.strip() == f"{machine.path}/data/acme/probe/{ID}8/two/1/raw"
+    write(machine, version(8, "two", 2, b"{}", lifecycle="deleted", renamedTo="three", tags={"modelName": "probe-1"}))
+    write(machine, version(8, "three", 1, b"{}", tags={"modelName": "probe-1"}))
+    assert latest("two").stdout.strip().endswith("/three/1/raw"), "a rename that swamp made is followed"
+
+
+def test_content_that_is_being_written_or_is_too_large_is_not_looked_at(machine):
+    write(machine, list(version(1, "begun", 1, b""))[:1])
+    write(machine, version(1, "large", 1, json.dumps({"big": 1, "more": "x" * (17 << 20)}).encode()))
+    write(machine, version(1, "small", 1, json.dumps({"big": 1, "more": "x" * (2 << 20)}).encode()))
+    assert names(machine, "attributes.big == 1", "--hydrate") == ["probe-1/small@1"]
+    assert os.listdir(machine.path / ".swampfs/query/attributes.big == 1") == ["probe-1:small@1"]
+    (large,) = query(machine, 'name == "large"')["results"]
+    assert large["content"] is None
+
+
+def test_a_change_is_not_lost_if_it_could_not_be_noted(machine):
+    assert query(machine)["total"] == 6
+    write(machine, version(1, "new", 1, b"{}"))
+    machine.flush()
+    with contextlib.closing(sqlite3.connect(f"{machine.status()['stateDir']}/state/artifacts.db")) as db:
+        db.execute("BEGIN IMMEDIATE")
+        done = machine.run("query", "--mount", str(machine.path), check=False)
+        assert done.returncode == 2
+        assert "database is locked — make room, or wait for who uses it" in done.stderr
+    assert names(machine, 'name == "new"') == ["probe-1/new@1"]
 
 
 def test_what_is_asked_wrongly_is_told_and_changes_nothing(machine):
@@ -196,7 +249,9 @@ def test_without_a_mount_it_says_so(machine):
 
 
 def test_hostile_metadata_harms_nobody(machine):
-    for number, body in enumerate([b"\xff\xfe", b"[" * 100_000, b"&a [*a]", b"- " * 50_000, b"a: b: c"], 1):
+    for number, body in enumerate(
+        [b"\xff\xfe", b"size: !!float .inf", b"[" * 100_000, b"&a [*a]", b"- " * 50_000, b"a: b: c"], 1
+    ):
         top = machine.path / f"data/acme/probe/{ID}9/bad/{number}"
         top.mkdir(parents=True)
         (top / "metadata.yaml").write_bytes(body)

@@ -128,8 +128,53 @@ def test_what_is_no_metadata_is_a_problem_and_no_failure(body):
     assert found.problem
 
 
+@pytest.mark.parametrize(
+    "line", ["size: !!float .inf", "createdAt: !!timestamp x", "streaming: !!bool x", "size: !!int ''", "size: 9e999"]
+)
+def test_a_tag_of_yaml_changes_nothing(line):
+    found = metadata.parse(f"{PLACE}/1", f"id: x\ntags: {{type: x}}\n{line}\n".encode(), "print").artifact
+    assert (found.data_type, found.size, found.streaming) == ("x", 0, False)
+
+
+def test_a_merge_that_grows_is_merged_by_nobody():
+    levels = [f"m{i}: &m{i} {{!!merge <<: [{','.join([f'*m{i - 1}'] * 10)}]}}" for i in range(1, 30)]
+    body = "\n".join(["id: x", "m0: &m0 {a: b}", *levels, "tags: {env: prod, <<: *m29}"])
+    assert metadata.parse(f"{PLACE}/1", body.encode(), "print").artifact.tags == {"env": "prod", "<<": ""}
+
+
+def test_a_text_has_no_end_within(known):
+    body = b'{"id": "x", "tags": {"k": "a\\0b"}, "ownerDefinition": {"source": "a\\0b"}}'
+    one = metadata.parse(f"{PLACE}/1", body, "print")
+    known.put("", PLACE, [one])
+    for text in ('source.endsWith("b")', 'tags.k > "a"', 'tags["k"].endsWith("b")'):
+        assert len(list(search(known, Predicate(text)))) == 1
+
+
+def test_versions_above_the_marker_are_not_finished(known):
+    known.put("", PLACE, [document(1), document(2)], latest=1)
+    assert shown(known) == [(1, True), (2, False)]
+    known.put("", PLACE, [], latest=2)
+    assert shown(known) == [(1, False), (2, True)]
+
+
+def test_what_a_name_is_called_now_is_known(known):
+    known.put("", PLACE, [document(1), document(2, lifecycle="deleted", renamed_to="new")], latest=2)
+    assert known.renamed("model_name = ?", ("net",)) == "new"
+    assert known.renamed("model_name = ?", ("other",)) is None
+
+
+def test_a_change_that_fails_leaves_everything_as_it_was(known):
+    known.put("", PLACE, [document(1)])
+    with pytest.raises(ZeroDivisionError), known.transaction():
+        known.put("", PLACE, [document(2)._replace(artifact=document(2).artifact._replace(tags={"a": "b"}))])
+        _ = 1 / 0
+    assert shown(known) == [(1, True)]
+    known.put("", PLACE, [document(2)._replace(artifact=document(2).artifact._replace(tags={"a": "b"}))])
+    assert len(list(search(known, Predicate('tags.a == "b"')))) == 1
+
+
 def test_an_anchor_that_grows_has_no_text():
-    bomb = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
+    bomb = b"id: x\na: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
         b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
     )
     found = metadata.parse(f"{PLACE}/1", bomb + b"tags: {env: *j}\n", "print").artifact
@@ -138,7 +183,16 @@ def test_an_anchor_that_grows_has_no_text():
 
 @pytest.mark.parametrize(
     "path",
-    ["data/a/b/1", "outputs/a/b/c/1", "data/a/b/c/latest", "data/a/b/c/0", "data/a/b/c/1x", "data/a/b/c/" + "9" * 30],
+    [
+        "data/a/b/1",
+        "outputs/a/b/c/1",
+        "data/a/b/c/latest",
+        "data/a/b/c/0",
+        "data/a/b/c/1x",
+        "data/a/b/c/" + "9" * 30,
+        "data/a/b/c/01",
+        "data/a/b/Latest/1",
+    ],
 )
 def test_not_every_directory_is_a_version(path):
     assert metadata.path_of(path) is None
@@ -147,7 +201,18 @@ def test_not_every_directory_is_a_version(path):
 def test_rows_of_another_namespace_are_taken_as_they_are_and_nonsense_is_left_out(known):
     row = {"type_normalized": "a/b", "model_id": "id", "data_name": "n", "version": 2, "is_latest": 1, "id": "u",
            "model_name": "net", "tags": '{"env": "prod"}', "size": 7, "streaming": 0}  # fmt: skip
-    bad = [None, 7, {}, {**row, "version": "x"}, {**row, "tags": "{"}, {**row, "data_name": ""}, {**row, "version": -1}]
+    away = {"type_normalized": "..", "model_id": "..", "data_name": "../../../proc"}
+    bad = [
+        None,
+        7,
+        {},
+        {**row, "version": "x"},
+        {**row, "version": float("inf")},
+        {**row, **away},
+        {**row, "tags": "{"},
+        {**row, "data_name": ""},
+        {**row, "version": -1},
+    ]
     found = [one for raw in [row, *bad] if (one := metadata.of_export("infra", raw)) is not None]
     known.import_rows("infra", found)
     assert [(one.namespace, one.model_name, one.is_latest) for one in known.select("1", ())] == [("infra", "net", True)]
@@ -177,6 +242,7 @@ def test_what_an_expression_refers_to_is_known_without_what_its_macros_bind():
         ("modelName == 'x' )", "no CEL expression"),
         ("'" + "x" * 5000 + "'", "5002 characters"),
         ("(" * 500 + "true" + ")" * 500, "no CEL expression"),
+        ('"\\U00110000" == name', "no CEL expression"),
         ("a" + ".a" * 2000, "no CEL expression|unknown field"),
     ],
 )
@@ -225,11 +291,12 @@ def test_a_selection_shapes_what_is_shown_and_is_null_where_it_fails(known):
         "name",
         "{'n': name, 'v': version}",
         "[version, version + 1]",
+        "0.0 / 0.0",
         "tags.none",
         "timestamp('2026-01-01T00:00:00Z')",
     ]
     assert [selected(record, Expression(text)) for text in kinds] == [
-        "name", {"n": "name", "v": 3}, [3, 4], None, "2026-01-01T00:00:00Z",
+        "name", {"n": "name", "v": 3}, [3, 4], None, None, "2026-01-01T00:00:00Z",
     ]  # fmt: skip
     assert json.loads(json.dumps(record.as_json()))["modelName"] == "net"
     assert "attributes" not in record.as_json()
