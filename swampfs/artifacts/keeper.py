@@ -103,14 +103,15 @@ class Keeper:
 
     async def ask(self, question: Callable[[Artifacts], T]) -> T:
         """Ask the catalog, brought up to date. Raises as :meth:`bring_up_to_date`."""
-        artifacts = await self.bring_up_to_date()
-        try:
+        async with self._in_words():
+            artifacts = await self.bring_up_to_date()
+            try:
+                return await self._parts.remote.threads.read(Lane.ARTIFACTS, question, artifacts)
+            except Exception as error:
+                if not is_damaged(error):
+                    raise
+            artifacts = await self.bring_up_to_date(anew=True)
             return await self._parts.remote.threads.read(Lane.ARTIFACTS, question, artifacts)
-        except Exception as error:
-            if not is_damaged(error):
-                raise
-        artifacts = await self.bring_up_to_date(anew=True)
-        return await self._parts.remote.threads.read(Lane.ARTIFACTS, question, artifacts)
 
     async def compact(self) -> Compacted:
         """Give back the room of what was forgotten."""
@@ -291,16 +292,19 @@ class Keeper:
         if not self._namespace or time.monotonic() - self._foreign_at < _FOREIGN_S:
             return
         self._foreign_at = time.monotonic()
+        parts = self._parts
         try:
-            parts = self._parts
             names = await Namespaces(parts.remote, parts.keys, newline=False).list()
             exports = await Catalogs(parts.remote, parts.keys).read([name for name in names if name != self._namespace])
         except SwampfsError as error:
             log.info("catalogs of other namespaces could not be read: %s", error.line())
             return
+        threads = parts.remote.threads
+        for name in await threads.read(Lane.ARTIFACTS, artifacts.namespaces) - {self._namespace, *names}:
+            await threads.write(Lane.ARTIFACTS, artifacts.import_rows, name, ())
         for name, rows in exports:
             found = [one for row in rows if (one := metadata.of_export(name, row)) is not None]
-            await self._parts.remote.threads.write(Lane.ARTIFACTS, artifacts.import_rows, name, found)
+            await threads.write(Lane.ARTIFACTS, artifacts.import_rows, name, found)
 
 
 def _is_whole(entry: IndexEntry, body: bytes) -> bool:

@@ -33,8 +33,8 @@ _WIDTHS = (28, 28, 7)  # of model, name and version in a table
 _DIGITS = 1024
 _MOST_RENAMES = 6  # the first name, and five more (data-model spec §3)
 _METADATA = (
-    "id", "name", "version", "contentType", "lifetime", "garbageCollection", "streaming", "tags", "ownerDefinition",
-    "createdAt", "size", "checksum",
+    "id", "name", "version", "contentType", "lifetime", "garbageCollection", "streaming", "createdAt", "size",
+    "checksum",
 )  # fmt: skip
 
 
@@ -203,7 +203,6 @@ def latest(model: str, name: str, mountpoint: str | None, as_json: bool) -> None
     \b
     Example: cat "$(swampfs latest net-eu vpc-main)"
     """
-
     for text in (model, name):
         if not text.isprintable():
             raise UsageError(f"{text!r} is no name")
@@ -233,14 +232,20 @@ def latest(model: str, name: str, mountpoint: str | None, as_json: bool) -> None
 def _described(artifact: Artifact, directory: Path) -> dict[str, Any]:
     """As ``swamp data get`` has it."""
     try:
-        described = yaml.safe_load((directory / "metadata.yaml").read_bytes())
-        body = (directory / "raw").read_bytes()
-    except (OSError, yaml.YAMLError) as error:
+        metadata, body = (directory / "metadata.yaml").read_bytes(), (directory / "raw").read_bytes()
+        described = None if b"<<" in metadata else yaml.safe_load(metadata)  # what merges may grow without end
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise SwampfsError(f"{directory} could not be read: {error}") from None
     if not isinstance(described, dict):
-        raise SwampfsError(f"{directory}/metadata.yaml is no metadata")
+        raise SwampfsError(f"{directory}/metadata.yaml is no metadata of swamp's")
+    known = {key: _scalar(described[key]) for key in _METADATA if key in described}
+    owner = described.get("ownerDefinition")
     return {
-        **{key: _plain(described[key]) for key in _METADATA if key in described},
+        **known,
+        "tags": dict(artifact.tags),
+        "ownerDefinition": {str(key): _scalar(value) for key, value in owner.items()}
+        if isinstance(owner, dict)
+        else {},
         "modelId": artifact.model_id,
         "modelName": artifact.model_name,
         "modelType": artifact.type_normalized,
@@ -249,9 +254,11 @@ def _described(artifact: Artifact, directory: Path) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """A time without quotes is a time to YAML; JSON has none."""
-    return value if isinstance(value, str | int | float | bool | dict | list | None) else str(value)
+def _scalar(value: Any) -> Any:
+    """As JSON has it, which knows no times; of what is none of swamp's, nothing."""
+    if isinstance(value, dict | list | set | bytes):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _latest(source: _Source, model: str, name: str, own: str) -> tuple[Artifact | None, Path | None, str | None]:

@@ -22,6 +22,7 @@ NAME = ".swampfs"
 _NEVER_LISTED = "query"
 _KEPT_S = 2.0  # what a directory of links shows, before it is asked for again
 _MOST_KNOWN = 500_000
+_FILES = 4096  # inodes of files, before those of links
 
 
 class Views:
@@ -48,6 +49,7 @@ class Views:
         self._paths: dict[str, int] = {}  # of directories of links and of links
         self._nodes: dict[int, tuple[str, str | None]] = {}  # path and target
         self._listings: dict[str, tuple[float, dict[str, int]]] = {}
+        self._last = VIEW_BASE + _FILES  # inode
         self._tops = {name: self._number(name, None) for name in tops}
 
     def lookup(self, parent: int, name: str) -> Attributes | None:
@@ -95,7 +97,7 @@ class Views:
         if name is not None and path == _NEVER_LISTED:  # what a predicate finds is found when it is named
             inner = f"{path}/{name}"
             if await self._list(inner) is not None:
-                self._listings[path][1][name] = self._number(inner, None)
+                self._listings.setdefault(path, (0.0, {}))[1][name] = self._number(inner, None)
 
     async def _list(self, path: str) -> dict[str, int] | None:
         assert self._links is not None
@@ -130,8 +132,6 @@ class Views:
         self._paths = {name: ino for name, ino in self._paths.items() if "/" not in name}
         self._nodes = {ino: self._nodes[ino] for ino in self._paths.values()}
         self._listings.clear()
-
-    _last = VIEW_BASE + 4096
 
     def open(self, ino: int) -> int:
         """A private copy of what the file says now. Raises ESTALE."""

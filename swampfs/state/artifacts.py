@@ -199,6 +199,10 @@ class Artifacts:
         query = "SELECT path, fingerprint FROM document WHERE namespace = ? AND place = ?"
         return {place: dict(self.db.execute(query, (namespace, place)).fetchall()) for place in places}
 
+    def namespaces(self) -> set[str]:
+        """Of which anything is known."""
+        return {row[0] for row in self.db.execute("SELECT DISTINCT namespace FROM document")}
+
     def places(self, namespace: str, name: str) -> list[str]:
         """Directories of a data name, of whatever model."""
         query = "SELECT place FROM name WHERE namespace = ? AND substr(place, ?) = ?"
