@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def finding(check: str, message: str, *, passed: bool, repair: str = "") -> dict
 
 def examine() -> list[dict[str, Any]]:
     """What this machine can do, and its mounts."""
-    return [_fuse(), *_mounts(), *_left_behind()]
+    dead = _dead()
+    return [_fuse(), *_mounts(dead), *map(_left_behind, dead)]
 
 
 def repair() -> list[str]:
@@ -35,6 +37,7 @@ def repair() -> list[str]:
     for mountpoint in _dead():
         mountpoints.clear_stale(mountpoint)
         cleared.append(f"cleared the mount a dead process left at {mountpoint}")
+    registry.forget_dead(os.environ)
     return cleared
 
 
@@ -66,9 +69,12 @@ def _may_share() -> bool:
     return any(line.strip() == "user_allow_other" for line in lines)
 
 
-def _mounts() -> list[dict[str, Any]]:
+def _mounts(dead: Sequence[str]) -> list[dict[str, Any]]:
+    """Those that are running, or should be."""
     found = []
     for mount in registry.registrations(os.environ):
+        if mount.mountpoint in dead:
+            continue
         try:
             status = registry.request(mount, {"cmd": "status"}, _ANSWER_S)
         except NotMountedError as error:
@@ -80,16 +86,13 @@ def _mounts() -> list[dict[str, Any]]:
     return found
 
 
-def _left_behind() -> list[dict[str, Any]]:
-    return [
-        finding(
-            "mount",
-            f"{mountpoint}: left by a process that is gone; its changes are in its journal",
-            passed=False,
-            repair="clears it, so that it can be mounted again",
-        )
-        for mountpoint in _dead()
-    ]
+def _left_behind(mountpoint: str) -> dict[str, Any]:
+    return finding(
+        "mount",
+        f"{mountpoint}: left by a process that is gone; its changes are in its journal",
+        passed=False,
+        repair="clears it, so that it can be mounted again",
+    )
 
 
 def _dead() -> list[str]:
