@@ -16,7 +16,6 @@ from swampfs.fuse import mountpoint as mountpoints
 
 _DEVICE = "/dev/fuse"
 _CONFIGURATION = Path("/etc/fuse.conf")
-_TYPE = "fuse.swampfs"
 _ANSWER_S = 5.0
 
 
@@ -96,15 +95,12 @@ def _left_behind(mountpoint: str) -> dict[str, Any]:
 
 
 def _dead() -> list[str]:
+    """Mount points of ours that a dead process covers."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        fields = line.split()
-        if fields[fields.index("-") + 1] != _TYPE:
-            continue
-        mountpoint = fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="replace")
+    for mount in registry.registrations(os.environ):
         try:
-            if mountpoints.is_stale(mountpoint):
-                found.append(mountpoint)
+            if mountpoints.is_stale(mount.mountpoint):
+                found.append(mount.mountpoint)
         except MountError:
             continue  # it is busy; among the mounts that answer it is told that it does not
     return found

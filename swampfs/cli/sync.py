@@ -130,9 +130,10 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
 @click.command()
 @_source
 @click.option("--repair", is_flag=True, help="Mend what can be mended: index shards, foreign objects, dead mounts.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Write what somebody who helps has to know into FILE.")
 @_namespace
 @_json
-def doctor(source: str | None, repair: bool, namespace: str, as_json: bool) -> None:
+def doctor(source: str | None, repair: bool, bundle: Path | None, namespace: str, as_json: bool) -> None:
     """Examine environment, datastore, index and cache. Exit code 1 if something is wrong.
 
     \b
@@ -154,6 +155,11 @@ def doctor(source: str | None, repair: bool, namespace: str, as_json: bool) -> N
                 click.echo(f"                   --repair {finding['repair']}")
         for line in answer["repairs"]:
             click.echo(f"      repaired     {line}")
+    if bundle is not None:
+        from swampfs.cli import bundle as bundles
+
+        names = bundles.write(bundle, answer)
+        click.echo(f"{bundle} has {', '.join(names)}; secrets are left out, names of files are not", err=True)
     sys.exit(0 if answer["overallStatus"] == "pass" else 1)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -264,8 +265,8 @@ def test_the_library_and_its_commands_do_without_the_kernel(tmp_path):
     assert "pip install 'swampfs[mount]'" in done.stderr
 
 
-def test_the_doctor_finds_a_mount_whose_process_is_gone_and_clears_it(repo, run, bucket, fleet):
-    machine = fleet.machine("left", bucket.env)
+def test_the_doctor_finds_a_mount_whose_process_is_gone_and_clears_it(home, repo, run, bucket, fleet):
+    machine = fleet.machine("left", {**bucket.env, "SWAMP_HOME": str(home / "swamp")})
     machine.mount(bucket.url)
     machine.kill()
     code, out, _ = run("doctor", cwd=repo)
@@ -282,3 +283,29 @@ def test_the_doctor_finds_a_mount_whose_process_is_gone_and_clears_it(repo, run,
 def test_the_doctor_says_whether_two_writers_can_be_kept_apart(repo, run):
     _, out, _ = run("doctor", cwd=repo)
     assert "ok    writing      conditional writes are honoured" in out
+
+
+def test_a_bundle_for_who_helps_has_everything_but_secrets(home, repo, run, bucket, fleet):
+    machine = fleet.machine("one", {**bucket.env, "SWAMP_HOME": str(home / "swamp")})
+    machine.mount(bucket.url)
+    secrets = [bucket.env["AWS_SECRET_ACCESS_KEY"], bucket.env["AWS_ACCESS_KEY_ID"]]
+    with open(machine.state_dir / "swampfs.log", "a") as log:
+        log.write(f"INFO key {secrets[0]} of AKIAIOSFODNN7EXAMPLE at https://user:word@proxy:1/x\n")
+    path = home / "support.tar.gz"
+    code, out, err = run("doctor", "--bundle", str(path), cwd=repo)
+    assert code == 0, out + err
+    assert "secrets are left out" in err
+    assert path.stat().st_mode & 0o777 == 0o600
+    with tarfile.open(path) as archive:
+        parts = {name.split("/", 1)[1]: archive.extractfile(name).read().decode() for name in archive.getnames()}
+    assert {"doctor.json", "machine.json", "environment.json", "mount-1/status.json", "mount-1/swampfs.log"} <= set(
+        parts
+    )
+    everything = "".join(parts.values())
+    for secret in (*secrets, "AKIAIOSFODNN7EXAMPLE", "user:word"):
+        assert secret not in everything
+    assert json.loads(parts["environment.json"])["AWS_SECRET_ACCESS_KEY"] == "(set)"
+    assert json.loads(parts["mount-1/status.json"])["healthy"]
+    assert json.loads(parts["machine.json"])["packages"]["pyfuse3"][0].isdigit()
+    code, _, err = run("doctor", "--bundle", str(path), cwd=repo)
+    assert (code, "cannot be written: File exists" in err) == (2, True), "nothing is overwritten"
