@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
@@ -22,6 +23,7 @@ from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
 from swampfs.fs.keeping import Keeping
 from swampfs.fs.links import TOPS, Listing, Source, listing
+from swampfs.fs.old import target
 from swampfs.fs.prefetch import Prefetch
 from swampfs.fs.refresh import Refresh
 from swampfs.fs.scrub import Scrub
@@ -138,6 +140,7 @@ class Mount:
             },
             tops=TOPS,
             links=self._links,
+            old=partial(target, self.sync.catalog),
             private=self.settings.allow_other,
         )
 

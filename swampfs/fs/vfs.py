@@ -56,8 +56,7 @@ class FileSystem:
         """Set by the composition root for a mount that asks at each open and publishes at each close."""
         self.views: Views | None = None
         """The directory of the mount's own state; set by the composition root."""
-        self.views_parent = ROOT_INO
-        """Where it is; 0 = in a directory above ours."""
+        self.views_parent = ROOT_INO  # where it is; 0 = in a directory above ours
         self.files = Files(sync, local, self.inodes, owner, on_dirty, guard=self.guard, locks=locks)
         sync.is_open = self.files.is_being_written
         self.tree = Tree(sync, self.files, self.inodes, on_dirty)
@@ -84,15 +83,16 @@ class FileSystem:
             found = self._local.lookup(join(self._local.rel(parent), name))
         else:
             node = self._catalog.child(parent, name)
-            if node is not None:
-                found = self.files.attributes(node)
-            else:
-                directory = self.tree.directory(parent)
-                path = join(directory.path, name)
-                found = self._local.lookup(path) if self._local.owns(path) else None
+            found = self._not_there(parent, name) if node is None else self.files.attributes(node)
         if found is not None:
             self.inodes.looked_up(found.ino)
         return found
+
+    def _not_there(self, parent: int, name: str) -> Attributes | None:
+        directory = self.tree.directory(parent)
+        path = join(directory.path, name)
+        found = self._local.lookup(path) if self._local.owns(path) else None
+        return self.views.old_version(directory, name) if found is None and self.views else found
 
     async def lookup_lock(self, parent: int, name: str) -> Attributes | None:
         """As :meth:`lookup`, for a name that may be a lock's: who holds it is asked for every time."""

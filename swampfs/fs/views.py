@@ -15,6 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from swampfs.fs.attributes import Attributes, Owner, fail, stale
+from swampfs.records import Node
 
 VIEW_BASE = 1 << 61
 """Inode of the directory; its files follow. Below the lock files', above every other."""
@@ -28,6 +29,7 @@ _FILES = 4096  # inodes of files, before those of links
 class Views:
     """``files``: name → what it says now. ``links``: what is in a directory of links, by its path below ours.
 
+    ``old``: where a name in a directory of the tree leads that stands for an old version.
     ``private``: they name what directories hide from other users.
     """
 
@@ -38,6 +40,7 @@ class Views:
         *,
         tops: Sequence[str] = (),
         links: Callable[[str], Awaitable[Mapping[str, str | None] | None]] | None = None,
+        old: Callable[[Node, str], str | None] = lambda directory, name: None,
         private: bool = False,
     ) -> None:
         self._owner = owner
@@ -46,6 +49,7 @@ class Views:
         self._names = list(self._files)
         self._since_ns = time.time_ns()
         self._links = links
+        self._old = old
         self._paths: dict[str, int] = {}  # of directories of links and of links
         self._nodes: dict[int, tuple[str, str | None]] = {}  # path and target
         self._listings: dict[str, tuple[float, dict[str, int]]] = {}
@@ -84,7 +88,12 @@ class Views:
             raise stale(ino)
         if target is None:
             raise fail(errno.EINVAL, path)
-        return "../" * (path.count("/") + 1) + target
+        return target
+
+    def old_version(self, directory: Node, name: str) -> Attributes | None:
+        """A link from a directory of the tree to an old version, if a name stands for one."""
+        target = self._old(directory, name) if "@" in name else None
+        return None if target is None else self.attributes(self._number(f"@{directory.ino}/{name}", target))
 
     async def prepare(self, directory: int, name: str | None = None) -> None:
         """Find out what is in a directory of links, or whether ``name`` is. Raises what asking the catalog raises."""
@@ -108,7 +117,11 @@ class Views:
         if found is None:
             self._listings.pop(path, None)
             return None
-        inside = {name: self._number(f"{path}/{name}", target) for name, target in found.items()}
+        up = "../" * (path.count("/") + 2)
+        inside = {
+            name: self._number(f"{path}/{name}", None if target is None else up + target)
+            for name, target in found.items()
+        }
         self._listings[path] = (time.monotonic() + _KEPT_S, inside)
         return inside
 
