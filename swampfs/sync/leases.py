@@ -470,15 +470,13 @@ class Leases:
             lease.beat.cancel()
 
     async def give_back_idle(self) -> None:
-        """Everything is pushed and nobody writes: do not linger. Those that are being given back are waited for."""
+        """Everything is pushed and nobody writes: do not linger, and wait for those that are being given back."""
         with trio.move_on_after(self._close_s):
-            for gone in list(self._leaving.values()):
+            for gone in [*self._leaving.values()]:
                 await gone.wait()
-        idle = [
-            lease
-            for lease in self._held.values()
-            if not (lease.user or lease.pins or lease.name in self._flights or self.is_pending(lease.name))
-        ]
+            await self.left_over.give_back_all()
+        held = [lease for lease in self._held.values() if not (lease.user or lease.pins)]
+        idle = [lease for lease in held if lease.name not in self._flights and not self.is_pending(lease.name)]
         await for_each(idle, self._give_back, at_once=_AT_ONCE)
 
     async def close(self) -> None:

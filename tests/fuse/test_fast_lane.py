@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import shutil
 import subprocess
 import threading
 from collections import Counter
@@ -95,11 +96,15 @@ def test_an_archive_is_unpacked_without_pyfuse3(mounted, tmp_path):
         (tmp_path / f"source/{number}/1").mkdir(parents=True)
         (tmp_path / f"source/{number}/1/raw").write_bytes(b"x" * 4096)
     subprocess.run(["tar", "-cf", tmp_path / "archive", "-C", tmp_path / "source", "."], check=True)
-    (machine.path / "files/first").touch()  # takes the lock
-    (machine.path / "files/new").mkdir()
-    before = Counter(machine.status()["upcalls"]["passed"])
-    subprocess.run(["tar", "-xf", tmp_path / "archive", "-C", machine.path / "files/new"], check=True)
-    passed = Counter(machine.status()["upcalls"]["passed"]) - before
+    for attempt in range(3):  # on a slow machine the lock may have been held for so long that it changes hands
+        (machine.path / f"files/first{attempt}").touch()  # takes it
+        (machine.path / "files/new").mkdir()
+        before = Counter(machine.status()["upcalls"]["passed"])
+        subprocess.run(["tar", "-xf", tmp_path / "archive", "-C", machine.path / "files/new"], check=True)
+        passed = Counter(machine.status()["upcalls"]["passed"]) - before
+        if not passed.keys() - {"GETXATTR"} or attempt == 2:
+            break
+        shutil.rmtree(machine.path / "files/new")
     assert not passed.keys() - {"GETXATTR"}, passed  # which is asked once, to be told that there are none
     assert (machine.path / "files/new/7/1/raw").read_bytes() == b"x" * 4096
     assert (machine.path / "files/new/7").stat().st_mode == (tmp_path / "source/7").stat().st_mode
