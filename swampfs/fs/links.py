@@ -7,6 +7,7 @@ lead to the directory of a version, ``latest/MODEL/NAME`` to its content. A ``/`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -108,14 +109,15 @@ def _links(
     found: Iterable[Artifact], source: Source, label: Callable[[Artifact], str], inside: str = ""
 ) -> Listing | None:
     links: Listing = {}
+    numbers: Counter[str] = Counter()  # of models of one name
     for one in found:
         directory, name = source.where(one), _name(label(one))
         if directory is None or not name:
             continue
-        unique, number = name, 1
-        while unique in links:  # models of one name
-            number += 1
-            unique = f"{name}~{number}"
+        unique = name
+        while unique in links:
+            numbers[name] += 1
+            unique = f"{name}~{numbers[name] + 1}"
         links[unique] = f"{directory}/{inside}" if inside else directory
         if len(links) >= _MOST:
             break

@@ -191,7 +191,7 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
             raise SchemaError(f"{path} is damaged")
     except sqlite3.DatabaseError as error:
         db.close()
-        if is_damaged(error):
+        if _is_broken(error):
             raise SchemaError(f"{path}: {error}") from error
         # A full disk says nothing about the database: never set a healthy one aside for it.
         raise StateError(f"{path} cannot be opened: {error}") from error
@@ -236,9 +236,11 @@ def is_disk_full(error: Exception) -> bool:
 
 def is_damaged(error: Exception) -> bool:
     """Whether a database turned out to be none, a broken one, or one without our tables."""
-    if not isinstance(error, sqlite3.DatabaseError):
-        return False
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN or "no such table" in str(error)
+    return isinstance(error, sqlite3.DatabaseError) and (_is_broken(error) or "no such table" in str(error))
+
+
+def _is_broken(error: sqlite3.DatabaseError) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _BROKEN
 
 
 def is_local_fault(error: BaseException) -> bool:

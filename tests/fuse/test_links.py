@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.datastores import load_shards
-from tests.fuse.test_query import SAMPLE, SHORT, version, write
+from tests.fuse.test_query import SHORT, sampled, version, write
 from tests.harness import wait_for
 
 TOPS = {"by-model", "by-tag", "by-workflow", "latest", "query", "recent"}
@@ -18,10 +17,7 @@ TOPS = {"by-model", "by-tag", "by-workflow", "latest", "query", "recent"}
 
 @pytest.fixture
 def machine(bucket, fleet):
-    load_shards(bucket, SAMPLE)
-    made = fleet.machine("a", bucket.env, options=SHORT)
-    made.mount(bucket.url)
-    return made
+    return sampled(bucket, fleet)
 
 
 def tree(top):

@@ -46,6 +46,11 @@ def write(machine, files):
 
 @pytest.fixture
 def machine(bucket, fleet):
+    return sampled(bucket, fleet)
+
+
+def sampled(bucket, fleet):
+    """A machine that has mounted the sample."""
     load_shards(bucket, SAMPLE)
     made = fleet.machine("a", bucket.env, options=SHORT)
     made.mount(bucket.url)
