@@ -168,6 +168,8 @@ class Leases:
                 if trio.current_time() >= until:
                     return self.reach.give_up(None)
             if trio.current_time() >= deadline:
+                if flight.acquired and not flight.waits:  # nobody's fault but the store's
+                    return self.reach.give_up(None)
                 raise lock_timeout(name, flight.holder, self._wait_s)
             with trio.move_on_at(until):
                 await flight.moved.wait()

@@ -66,6 +66,36 @@ def conflicts(node):
 # --- other writers ------------------------------------------------------------------------------------------
 
 
+class Slow(MemoryStore):
+    """Answers at once, but for reads of the index."""
+
+    wait_s = 0.0
+
+    def get(self, key, *, unless=""):
+        if key.startswith("_index/"):
+            time.sleep(self.wait_s)
+        return super().get(key, unless=unless)
+
+
+def test_a_store_that_is_slow_is_not_told_as_a_lock_of_somebody_else(tmp_path):
+    """The lock is ours in time, what others wrote before is not known in time: the change is queued."""
+    store = Slow()
+    load(store, FILES, "v2")
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            store.wait_s = 0.4  # longer than a writer waits
+            await a.sync.leases.guard(0, "files/x")
+            assert a.sync.leases.reach.lost_since is not None
+            store.wait_s = 0.0
+            await a.write("files/x", b"written")
+            await a.push()
+            assert content(store, "files/x") == b"written"
+
+    run(main)
+
+
+
 @INDEXES
 def test_a_model_locked_by_another_machine_is_not_pushed(store, tmp_path, index):
     load(store, FILES, index)
