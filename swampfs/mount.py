@@ -27,6 +27,7 @@ from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
 from swampfs.fs.consistency import CloseToOpen
+from swampfs.fs.events import Events
 from swampfs.fs.guard import Guard, is_family
 from swampfs.fs.keeping import Keeping
 from swampfs.fs.localtier import LocalTier
@@ -36,6 +37,7 @@ from swampfs.fs.refresh import Refresh
 from swampfs.fs.scrub import Scrub
 from swampfs.fs.settle import Settle
 from swampfs.fs.vfs import FileSystem
+from swampfs.fs.watcher import Watcher
 from swampfs.fs.writeback import Writeback
 from swampfs.fs.xattrs import Xattrs
 from swampfs.fuse import mountpoint as mountpoints
@@ -44,6 +46,7 @@ from swampfs.fuse.fastlane import FastLane, is_possible
 from swampfs.fuse.federation import OWN, Federation
 from swampfs.fuse.operations import PLAIN, Numbers, Operations
 from swampfs.names import RelPath, lease_path
+from swampfs.records import TreeChange
 from swampfs.running import Mount
 from swampfs.settings import Backend, Consistency, MountSettings
 from swampfs.state.ballast import Ballast
@@ -362,6 +365,7 @@ def _joined(
         about=Xattrs(sync, fs.inodes, lambda: writeback.last_error),
         foreign=foreign,
         artifacts=Keeper(sync.parts, f"{settings.state_dir}/state/artifacts.db"),
+        events=Events(),
     )
 
 
@@ -371,7 +375,7 @@ def _begin(mount: Mount, nursery: trio.Nursery) -> None:
     if not mount.settings.read_only:
         mount.writeback.touch_all()
         tasks += [mount.writeback.run, mount.sync.leases.run, Settle(mount.sync, mount.fs.files).run]
-    for task in tasks:
+    for task in (*tasks, _watcher(mount).run):
         nursery.start_soon(task)
 
     def resume() -> None:
@@ -380,6 +384,22 @@ def _begin(mount: Mount, nursery: trio.Nursery) -> None:
         mount.writeback.resume()
 
     nursery.start_soon(watch, mount.datastore.circuit, mount.datastore.remote.threads, resume)
+
+
+def _watcher(mount: Mount) -> Watcher:
+    """Whoever knows of something tells it."""
+    watcher = Watcher(mount.events, mount.sync.catalog, mount.standing, mount.shown)
+    show = mount.sync.on_changes
+
+    def changed(changes: list[TreeChange]) -> None:
+        if show is not None:
+            show(changes)
+        watcher.changed(changes)
+
+    mount.sync.on_changes = changed
+    mount.fs.failures.on_failure = watcher.failed
+    mount.writeback.on_pushed = watcher.pushed
+    return watcher
 
 
 def _operations(settings: MountSettings, fs: FileSystem, writeback: Writeback, numbers: Numbers) -> Operations:

@@ -21,6 +21,7 @@ from swampfs.errors import FileError, HostileNameError, UsageError
 from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
+from swampfs.fs.events import Events
 from swampfs.fs.keeping import Keeping
 from swampfs.fs.links import TOPS, Listing, Source, listing
 from swampfs.fs.old import target
@@ -60,6 +61,7 @@ class Mount:
     about: Xattrs
     foreign: ForeignNamespaces | None
     artifacts: Keeper
+    events: Events
     started_at: float = field(default_factory=time.monotonic)
     stop: trio.Event = field(default_factory=trio.Event)
     upcalls: Callable[[], dict[str, Any]] | None = None
@@ -70,10 +72,7 @@ class Mount:
         totals = self.sync.catalog.totals()
         pending = self.writeback.pending()
         watermark = self.sync.catalog.watermark()
-        silent_s = self._silent_s()
-        error = self.refresh.last_error or self.writeback.last_error
-        if error is None and silent_s is not None:
-            error = f"the datastore has not answered for {silent_s:.0f} s"
+        error = self._error()
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -94,14 +93,14 @@ class Mount:
             "bytes": totals["bytes"],
             "hydrated": totals["clean"] + totals["dirty"],
             "dirty": len(pending),
-            "pending": [self._shown(path) for path in pending[:100]],
+            "pending": [self.shown(path) for path in pending[:100]],
             "pendingByModel": dict(Counter(map(_place, pending[:_COUNTED])).most_common(_MOST_MODELS)),
             "locks": self.sync.leases.as_json(),
             "lostLocks": self.sync.leases.lost,
-            "offline": self.sync.leases.reach.lost_since is not None or silent_s is not None,
+            "offline": self._is_offline(),
             "conflicts": len(self.sync.cache.conflicts()),
             "findings": [
-                finding._replace(path=self._shown(finding.path))._asdict()
+                finding._replace(path=self.shown(finding.path))._asdict()
                 for finding in self.sync.catalog.findings()[:100]
             ],
             "openFiles": len(self.fs.files.handles),
@@ -122,6 +121,20 @@ class Mount:
         counted = ("requests", "upcalls", "threadHops", "cache", "prefetch", "scrub", "visibilityMs", "uptimeS")
         return {**{name: status[name] for name in counted}, "artifacts": self.artifacts.as_json()}
 
+    def standing(self) -> dict[str, Any]:
+        """What of ``status`` makes an event when it becomes another."""
+        error = self.refresh.last_error or self.writeback.last_error
+        return {"offline": self._is_offline(), "lastError": error, "locks": self.sync.leases.as_json()}
+
+    def _is_offline(self) -> bool:
+        return self.sync.leases.reach.lost_since is not None or self._silent_s() is not None
+
+    def _error(self) -> str | None:
+        error, silent_s = self.refresh.last_error or self.writeback.last_error, self._silent_s()
+        if error is None and silent_s is not None:
+            return f"the datastore has not answered for {silent_s:.0f} s"
+        return error
+
     def _silent_s(self) -> float | None:
         since = self.datastore.circuit.open_since
         return None if since is None else time.monotonic() - since
@@ -134,10 +147,11 @@ class Mount:
                 "status.json": lambda: document(self.status()),
                 "stats.json": lambda: document(self.stats()),
                 "metrics": lambda: metrics.render(self.status()),
-                "pending": lambda: lines([self._shown(path) for path in self.writeback.pending()]),
+                "pending": lambda: lines([self.shown(path) for path in self.writeback.pending()]),
                 "locks": lambda: records(self.sync.leases.as_json()),
                 "errors": lambda: lines(self._errors()),
             },
+            events=self.events,
             tops=TOPS,
             links=self._links,
             old=partial(target, self.sync.catalog),
@@ -174,9 +188,9 @@ class Mount:
     def _errors(self) -> list[str]:
         """What is wrong now, then what failed lately, the latest last."""
         now = [text for text in (self.refresh.last_error, self.writeback.last_error) if text]
-        return now + [one._replace(path=self._shown(one.path)).line() for one in self.fs.failures.recent()]
+        return now + [one._replace(path=self.shown(one.path)).line() for one in self.fs.failures.recent()]
 
-    def _shown(self, path: str) -> str:
+    def shown(self, path: str) -> str:
         """A path of the bound namespace, as this mount shows it."""
         return path if self.foreign is None else f"{self.settings.source.namespace}/{path}"
 
@@ -212,7 +226,7 @@ class Mount:
         known = {name.removeprefix(PREFIX): value for name, value in self.about.of(node.ino).items()}
         holders = [one for one in self.sync.leases.as_json() if one["lock"] == lock]
         return {
-            "path": self._shown(path),
+            "path": self.shown(path),
             "kind": node.kind.name.lower(),
             **known,
             "size": node.size,
@@ -226,15 +240,15 @@ class Mount:
     def explain(self, text: str) -> dict[str, Any]:
         """What failed there last, whether it is over, what may be in the way now. ``text`` may be no path at all."""
         failure = self.fs.failures.of(text)
-        told = None if failure is None else {**failure.as_json(), "path": self._shown(text)}
+        told = None if failure is None else {**failure.as_json(), "path": self.shown(text)}
         try:
             path = rel_path(text) if text else RelPath("")
         except HostileNameError as error:
-            return {"path": self._shown(text), "failure": told, "impossible": error.line(), "isOver": False}
+            return {"path": self.shown(text), "failure": told, "impossible": error.line(), "isOver": False}
         node, lock = self.sync.catalog.at(path), lease_path(path)
         kept = [report["path"] for report in self.sync.cache.conflict_reports()]
         return {
-            "path": self._shown(path),
+            "path": self.shown(path),
             "info": self.info(path) if node is not None else None,
             "isLocal": node is None and bool(text) and self.fs.lookup_exists(path),
             "failure": told,
@@ -246,7 +260,7 @@ class Mount:
             "waitsForLock": lock if lock in self.writeback.waiting_for else None,
             "pushError": self.writeback.last_error,
             "refreshError": self.refresh.last_error,
-            "offline": self.sync.leases.reach.lost_since is not None or self._silent_s() is not None,
+            "offline": self._is_offline(),
             "readOnly": self.settings.read_only,
             "conflicts": kept.count(path),
             "findings": [found.detail for found in self.sync.catalog.findings() if found.path == path],
@@ -274,7 +288,7 @@ class Mount:
 
         async def conflicts(_: Mapping[str, Any]) -> dict[str, Any]:
             found = self.sync.cache.conflict_reports()
-            return {"conflicts": [{**one, "path": self._shown(one["path"])} for one in found]}
+            return {"conflicts": [{**one, "path": self.shown(one["path"])} for one in found]}
 
         async def compacted(_: Mapping[str, Any]) -> dict[str, Any]:
             own = [compact(self.sync.catalog.db, _LARGEST_REWRITTEN), self.sync.journal.compact()]

@@ -27,7 +27,7 @@ _EXIT = (
 _FILES = (
     (".swamp.yaml", "of a repository: its datastore, if no SOURCE is given (key datastore: type and config)"),
     ("~/.swamp/swampfs/NAME-HASH", "state directory: what this machine keeps of one datastore, and its log"),
-    ("MOUNTPOINT/.swampfs", "status.json, metrics, pending, locks, errors: what the mount says of itself"),
+    ("MOUNTPOINT/.swampfs", "status.json, metrics, pending, locks, errors, events: what the mount says of itself"),
 )
 _ENVIRONMENT = (
     ("SWAMP_DATASTORE", "The datastore, if no SOURCE is given: s3:BUCKET/PREFIX, filesystem:DIR, TYPE:JSON, or a URL."),

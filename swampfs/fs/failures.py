@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cachetools import LRUCache
@@ -74,6 +75,8 @@ class Failures:
         self._catalog = catalog
         self._inodes = inodes
         self._last: LRUCache[str, Failure] = LRUCache(_MOST)
+        self.on_failure: Callable[[Failure], None] = lambda failure: None
+        """Told of each; set by the composition root."""
 
     def note(self, operation: str, ino: int, name: bytes | None, code: int, error: Exception | None) -> None:
         """An operation on an inode, or on a name in a directory, was answered with an error. Never raises.
@@ -99,7 +102,8 @@ class Failures:
         now, before = time.time_ns(), self._last.get(path)
         again = before is not None and (before.operation, before.errno) == (operation, code)
         first, times = (before.first_ns, before.times + 1) if before is not None and again else (now, 1)
-        self._last[path] = Failure(path, operation, code, _why(code, error), now, first, times)
+        failure = self._last[path] = Failure(path, operation, code, _why(code, error), now, first, times)
+        self.on_failure(failure)
 
     def of(self, path: str) -> Failure | None:
         return self._last.get(path)

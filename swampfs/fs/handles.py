@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from swampfs.fs.events import Stream
 from swampfs.names import RelPath
 from swampfs.sync.incoming import Incoming
 
@@ -28,6 +29,7 @@ class Handle:
     pid: int = 0  # who opened it
     coming: Incoming | None = None  # its content was not all here when it was opened
     file: OpenFile | None = None  # None: of an inode without name, or of something that is no datastore file
+    stream: Stream | None = None  # it is read as things happen, and may have to be waited for
     backing: int = 0  # the kernel's number of the file of this machine that it reads by itself; 0: it asks us
 
     @property

@@ -472,7 +472,7 @@ class FileSystem:
         if self.views is not None and VIEW_BASE <= ino < LOCK_BASE:
             if writing:
                 raise fail(errno.EACCES, views.NAME)
-            return self.files.adopt(self.views.open(ino), ino, os.O_RDONLY)
+            return self.views.open(ino, self.files.handles)
         return await self.files.open(self.inodes.resolve(ino), flags, pid)
 
     async def setattr(self, ino: int, change: Change, pid: int) -> Attributes:

@@ -15,11 +15,14 @@ from operator import itemgetter
 from typing import Any
 
 from swampfs.fs.attributes import Attributes, Owner, fail, stale
+from swampfs.fs.events import Events
+from swampfs.fs.handles import Handles
 from swampfs.records import Node
 
 VIEW_BASE = 1 << 61
 """Inode of the directory; its files follow. Below the lock files', above every other."""
 NAME = ".swampfs"
+_EVENTS = "events"
 _NEVER_LISTED = "query"
 _KEPT_S = 2.0  # what a directory of links shows, before it is asked for again
 _MOST_KNOWN = 500_000
@@ -27,7 +30,9 @@ _FILES = 4096  # inodes of files, before those of links
 
 
 class Views:
-    """``files``: name → what it says now. ``links``: what is in a directory of links, by its path below ours.
+    """``files``: name → what it says now. ``events``: what may be listened to.
+
+    ``links``: what is in a directory of links, by its path below ours.
 
     ``old``: where a name in a directory of the tree leads that stands for an old version.
     ``private``: they name what directories hide from other users.
@@ -38,6 +43,7 @@ class Views:
         owner: Owner,
         files: Mapping[str, Callable[[], str]],
         *,
+        events: Events,
         tops: Sequence[str] = (),
         links: Callable[[str], Awaitable[Mapping[str, str | None] | None]] | None = None,
         old: Callable[[Node, str], str | None] = lambda directory, name: None,
@@ -45,7 +51,8 @@ class Views:
     ) -> None:
         self._owner = owner
         self._others = 0o700 if private else 0o777
-        self._files = dict(files)
+        self._events = events
+        self._files: dict[str, Callable[[], str]] = {**files, _EVENTS: str}
         self._names = list(self._files)
         self._since_ns = time.time_ns()
         self._links = links
@@ -146,11 +153,15 @@ class Views:
         self._nodes = {ino: self._nodes[ino] for ino in self._paths.values()}
         self._listings.clear()
 
-    def open(self, ino: int) -> int:
-        """A private copy of what the file says now. Raises ESTALE."""
+    def open(self, ino: int, handles: Handles) -> int:
+        """Handle of a private copy of what the file says now, or of what will happen. Raises ESTALE."""
+        content = self._content(ino)
         fd = os.memfd_create("view", os.MFD_CLOEXEC)
-        os.pwrite(fd, self._content(ino), 0)
-        return fd
+        os.pwrite(fd, content, 0)
+        number = handles.add(fd, ino, os.O_RDONLY)
+        if self._names[ino - VIEW_BASE - 1] == _EVENTS:
+            handles[number].stream = self._events.listen()
+        return number
 
     def _content(self, ino: int) -> bytes:
         at = ino - VIEW_BASE - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -47,6 +47,8 @@ class Writeback:
         self._round_done = trio.Event()
         self._backoff = _FIRST_BACKOFF_S
         self.last_error: str | None = None
+        self.on_pushed: Callable[[PushReport], None] = lambda report: None
+        """Told of each push that ended; set by the composition root."""
         self.conflicts = 0
         self.waiting_for: tuple[RelPath, ...] = ()
         self._pushing: set[Group] = set()
@@ -122,6 +124,7 @@ class Writeback:
                     self.last_error = _line(report.failure)
                     log.info("some files were not pushed, retrying in %.0f s: %s", self._backoff, report.failure)
                     self._retry(groups)
+                self.on_pushed(report)
                 self.conflicts += len(report.conflicts)
                 self.waiting_for = report.waiting
                 self._again(set(report.waiting), _FIRST_BACKOFF_S)

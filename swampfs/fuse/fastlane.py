@@ -96,7 +96,7 @@ class FastLane:
         self._view = memoryview(self._buffer)
         self._waiting: deque[bytes] = deque()  # for pyfuse3 to read them
         self._some_wait = trio.Event()
-        self._at_work: set[int] = set()  # uniques of what waits here
+        self._at_work: dict[int, trio.CancelScope | None] = {}  # by unique, what waits here; None: to its own end
         self._to_edit: dict[int, kernel.Request | bytes] = {}  # by unique: INIT as it came, and opens
         poller = select.poll()
         poller.register(self._device, select.POLLIN)
@@ -213,25 +213,33 @@ class FastLane:
             self._operations.disk_is_full()
         return code or errno.EIO
 
-    def _wait_for(self, unique: int, work: Callable[[], Awaitable[bytes]]) -> bytes:
-        """Answer when a handler of pyfuse3 has."""
+    def _wait_for(self, unique: int, work: Callable[[], Awaitable[bytes]], *, for_ever: bool = False) -> bytes:
+        """Answer when a handler of pyfuse3 has; what may wait ``for_ever`` ends when the caller is interrupted."""
+        scope = trio.CancelScope()
 
         async def wait() -> None:
-            try:
-                code, body = 0, await work()
-            except FUSEError as error:
-                code, body = -error.errno, b""
-            self._at_work.discard(unique)
+            code, body = -errno.EINTR, b""
+            with scope:
+                try:
+                    code, body = 0, await work()
+                except FUSEError as error:
+                    code = -error.errno
+            del self._at_work[unique]
             self._reply(kernel.REPLY.pack(kernel.REPLY.size + len(body), code, unique), body)
 
-        self._at_work.add(unique)
+        self._at_work[unique] = scope if for_ever else None
         self._nursery.start_soon(wait)
         return NOTHING
 
     def _interrupt(self, request: kernel.Request, body: memoryview) -> bytes | None:
-        """Whoever waits does so until its handler's deadline; pyfuse3 knows nothing of those who wait here."""
+        """Most wait until their handler's deadline; pyfuse3 knows nothing of those who wait here."""
         (unique,) = kernel.INTERRUPT_IN.unpack_from(body)
-        return NOTHING if unique in self._at_work else LATER
+        if unique not in self._at_work:
+            return LATER
+        scope = self._at_work[unique]
+        if scope is not None:
+            scope.cancel()
+        return NOTHING
 
     def _reply(self, *parts: bytes | memoryview) -> None:
         try:
@@ -419,6 +427,9 @@ class FastLane:
         found = self._fs.files.read(number, offset, size)
         if found is not None:
             return found
+        stream = self._fs.files.handles[number].stream
+        if stream is not None:
+            return self._wait_for(request.unique, lambda: stream.receive(size), for_ever=True)
         return self._wait_for(request.unique, lambda: self._operations.read(FileHandleT(number), offset, size))
 
     def _release(self, request: kernel.Request, body: memoryview) -> bytes | None:

@@ -21,6 +21,7 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, Req
 
 from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Caller
+from swampfs.fs.events import idle
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
 from swampfs.fs.xattrs import PREFIX, Xattrs
@@ -38,6 +39,7 @@ CACHE_S = 3600.0
 _BLOCK = 4096
 DOTS = 2  # positions of a directory before those of its entries
 LONGEST_NAME = 255
+_IDLE_S = 1.0
 _OF_HANDLES = ("read", "write", "flush", "fsync", "release")
 
 
@@ -347,6 +349,12 @@ class Operations(pyfuse3.Operations):
         return await self._read_coming(fh, off, size) if found is None else found
 
     async def _read_coming(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        stream = self._fs.files.handles[fh].stream
+        if stream is not None:
+            with trio.move_on_after(_IDLE_S):
+                return await stream.receive(size)
+            stream.put(idle())  # who waits for pyfuse3 cannot be interrupted
+            return stream.take(size) or b""
         with trio.move_on_after(self.timeout_s):
             return await self._fs.files.early.read(fh, off, size)
         raise FUSEError(errno.ETIMEDOUT)
@@ -393,7 +401,8 @@ class Operations(pyfuse3.Operations):
 
     def _file_info(self, number: int, ino: int) -> pyfuse3.FileInfo:
         if ino >= VIEW_BASE:
-            return pyfuse3.FileInfo(fh=self._numbers.base + number, direct_io=True)
+            is_stream = self._fs.files.handles[number].stream is not None
+            return pyfuse3.FileInfo(fh=self._numbers.base + number, direct_io=True, nonseekable=is_stream)
         # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.
         keep = not self._fs.files.early.has_pages(number, ino)
         return pyfuse3.FileInfo(fh=self._numbers.base + number, keep_cache=keep)

@@ -95,7 +95,6 @@ def test_a_store_that_is_slow_is_not_told_as_a_lock_of_somebody_else(tmp_path):
     run(main)
 
 
-
 @INDEXES
 def test_a_model_locked_by_another_machine_is_not_pushed(store, tmp_path, index):
     load(store, FILES, index)

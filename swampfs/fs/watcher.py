@@ -1,0 +1,79 @@
+"""Who tells :class:`~swampfs.fs.events.Events` what happens: changes of others, pushes, failures, locks, outages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import trio
+
+from swampfs.fs.events import Events
+from swampfs.fs.failures import Failure
+from swampfs.names import join
+from swampfs.records import PushReport, TreeChange
+from swampfs.state.catalog import Catalog
+
+_LOOK_S = 0.5
+
+
+class Watcher:
+    """Of one mount. ``now`` says how it stands; ``shown`` how it names a path."""
+
+    def __init__(
+        self,
+        events: Events,
+        catalog: Catalog,
+        now: Callable[[], Mapping[str, Any]],
+        shown: Callable[[str], str],
+    ) -> None:
+        self._events = events
+        self._catalog = catalog
+        self._now = now
+        self._shown = shown
+
+    def changed(self, changes: list[TreeChange]) -> None:
+        """Another machine did something."""
+        if not self._events.is_heard:
+            return
+        for change in changes:
+            parent = self._catalog.node(change.parent) if change.name else None
+            if parent is None:
+                continue
+            found = self._catalog.child(parent.ino, change.name)
+            facts = {"kind": found.kind.name.lower(), "size": found.size} if found is not None else {}
+            path = self._shown(join(parent.path, change.name))
+            self._events.tell("removed" if found is None else "changed", path=path, **facts)
+
+    def pushed(self, report: PushReport) -> None:
+        if report.pushed or report.deleted:
+            commit = self._catalog.watermark().commit_seq
+            self._events.tell("pushed", files=report.pushed, removed=report.deleted, commitSeq=commit)
+        for path in report.conflicts:
+            self._events.tell("conflict", path=self._shown(path))
+
+    def failed(self, failure: Failure) -> None:
+        self._events.tell("failed", **{**failure.as_json(), "path": self._shown(failure.path)})
+
+    async def run(self) -> None:
+        """What is not told by who does it is seen by looking, while somebody listens."""
+        while True:
+            await self._events.until_heard()
+            before = self._now()
+            while self._events.is_heard:
+                await trio.sleep(_LOOK_S)
+                now = self._now()
+                self._compare(before, now)
+                before = now
+
+    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        if now["offline"] != before["offline"]:
+            self._events.tell("offline" if now["offline"] else "online")
+        if now["lastError"] != before["lastError"]:
+            self._events.tell("error" if now["lastError"] else "healthy", error=now["lastError"])
+        locks = {one["lock"]: one for one in now["locks"]}
+        had = {one["lock"]: one for one in before["locks"]}
+        for name in had.keys() - locks.keys():
+            self._events.tell("lock", lock=name, state="released")
+        for name, one in locks.items():
+            if name not in had or one["state"] != had[name]["state"]:
+                self._events.tell("lock", **one)
