@@ -177,7 +177,7 @@ class ForeignNamespaces:
         fs = FileSystem(
             sync,
             LocalTier(str(home / "local"), TierPolicy()),
-            owner=Owner(settings.uid, settings.gid),
+            owner=Owner(settings.uid, settings.gid, settings.umask),
             read_only=True,
             on_dirty=_nothing,
             invalidate=invalidator,

@@ -273,7 +273,7 @@ def _compose(
     invalidator = session.Invalidator(datastore.remote.threads, numbers)
     sync.on_changes, sync.settle = invalidator, invalidator.settle
     touched: list[Callable[[RelPath], None]] = []
-    owner = Owner(settings.uid, settings.gid)
+    owner = Owner(settings.uid, settings.gid, settings.umask)
     locks = LockFiles(
         sync.leases,
         datastore.remote,
@@ -284,7 +284,7 @@ def _compose(
     )
     fs = FileSystem(
         sync,
-        LocalTier(f"/proc/self/fd/{beneath}", settings.tiers),
+        LocalTier(f"/proc/self/fd/{beneath}", settings.tiers, umask=settings.umask),
         owner=owner,
         read_only=settings.read_only,
         on_dirty=lambda path: touched[0](path),

@@ -126,6 +126,7 @@ class MountSettings:
     scrub_s: float = 24 * 3600.0
     uid: int = field(default_factory=os.getuid)
     gid: int = field(default_factory=os.getgid)
+    umask: int = 0
     allow_other: bool = False
     allow_root: bool = False
     xattrs: bool = False

@@ -62,6 +62,17 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
         raise click.BadParameter(error.line(), ctx, param) from None
 
 
+def octal(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """Option callback: ``022``, ``0o77`` → permission bits."""
+    try:
+        mask = int(value, 8)
+    except ValueError:
+        mask = -1
+    if not 0 <= mask <= 0o777:
+        raise click.BadParameter(f"{value!r} is no mask of permissions — write it like 022 or 077", ctx, param)
+    return mask
+
+
 @click.command()
 @click.argument("arguments", type=FILE_NAME, nargs=-1, metavar="[SOURCE] [MOUNTPOINT]")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
@@ -102,6 +113,8 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> int:
               show_default=True, help="Whether changes are accepted while the datastore is out of reach.")  # fmt: skip
 @click.option("--uid", envvar="SWAMPFS_UID", type=int, help="Owner of files that have none.")
 @click.option("--gid", envvar="SWAMPFS_GID", type=int, help="Group of files that have none.")
+@click.option("--umask", envvar="SWAMPFS_UMASK", callback=octal, default="000", show_default=True, metavar="OCTAL",
+              help="Permissions nobody has here, whatever a mode says; 077 = only the owner.")  # fmt: skip
 @click.option("--allow-other", is_flag=True, envvar="SWAMPFS_ALLOW_OTHER", help="Let other users in (mode bits apply).")
 @click.option("--allow-root", is_flag=True, envvar="SWAMPFS_ALLOW_ROOT", help="Let root in.")
 @click.option("--xattrs", is_flag=True, envvar="SWAMPFS_XATTRS",
@@ -298,6 +311,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         queue_offline=flags["offline"] == "queue",
         uid=os.getuid() if flags["uid"] is None else flags["uid"],
         gid=os.getgid() if flags["gid"] is None else flags["gid"],
+        umask=flags["umask"],
         allow_other=flags["allow_other"],
         allow_root=flags["allow_root"],
         xattrs=flags["xattrs"],

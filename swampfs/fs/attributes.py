@@ -34,8 +34,16 @@ class Attributes(NamedTuple):
 
 
 class Owner(NamedTuple):
+    """Of what has none."""
+
     uid: int
     gid: int
+    umask: int = 0
+    """Permissions that nobody has in this mount. They stay as they are in the datastore, whatever is changed here."""
+
+    def mode_after(self, change: int, before: int) -> int:
+        """What becomes of a mode that is to be another one."""
+        return change & ~self.umask | before & self.umask
 
 
 class Caller(NamedTuple):
@@ -69,7 +77,7 @@ def of_node(node: Node, owner: Owner, *, nlink: int | None = None) -> Attributes
         nlink = node.links + 1 if node.is_dir else node.links
     return Attributes(
         ino=node.ino,
-        mode=_TYPES[node.kind] | node.mode,
+        mode=_TYPES[node.kind] | node.mode & ~owner.umask,
         nlink=nlink,
         uid=owner.uid if node.uid < 0 else node.uid,
         gid=owner.gid if node.gid < 0 else node.gid,
@@ -88,11 +96,11 @@ def _blocks(node: Node) -> int:
     return -(-node.size // 512) if node.blocks is None else node.blocks
 
 
-def of_stat(found: os.stat_result, ino: int) -> Attributes:
+def of_stat(found: os.stat_result, ino: int, umask: int) -> Attributes:
     """Attributes of a file of this machine, shown under ``ino``."""
     return Attributes(
         ino=ino,
-        mode=found.st_mode,
+        mode=found.st_mode & ~umask,
         nlink=found.st_nlink,
         uid=found.st_uid,
         gid=found.st_gid,
@@ -115,9 +123,13 @@ def stale(ino: int) -> FileError:
     return FileError(errno.ESTALE, f"inode {ino}")
 
 
-def as_stored(change: Change, owner: Owner) -> Change:
-    """As the catalog keeps it: the mounting user's files have no owner, and a time beyond its range is its end."""
+def as_stored(change: Change, owner: Owner, mode: int) -> Change:
+    """As the catalog keeps it: the mounting user's files have no owner, and a time beyond its range is its end.
+
+    ``mode`` is what it has now.
+    """
     return change._replace(
+        mode=None if change.mode is None else owner.mode_after(change.mode, mode),
         uid=-1 if change.uid == owner.uid else change.uid,
         gid=-1 if change.gid == owner.gid else change.gid,
         mtime_ns=_in_range(change.mtime_ns),

@@ -63,7 +63,7 @@ class Immediate:
             if node.residency is not Residency.DIRTY or node.links > 1 or not fs.guard.lets(node.path):
                 return None
             fs.files.truncate(node, change.size)
-        fs.tree.set_attributes(node, as_stored(change, fs.owner))
+        fs.tree.set_attributes(node, as_stored(change, fs.owner, node.mode))
         return fs.getattr(ino)
 
     def _may_change_directory(self, node: Node, change: Change) -> bool:

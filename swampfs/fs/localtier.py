@@ -26,8 +26,9 @@ _SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC
 class LocalTier:
     """Path operations on one directory. ``root`` must stay valid while it is mounted over."""
 
-    def __init__(self, root: str, policy: TierPolicy) -> None:
+    def __init__(self, root: str, policy: TierPolicy, *, umask: int = 0) -> None:
         self._root = root
+        self._umask = umask
         self._kept = policy.kept_local
         self._large: dict[int, int] = {}  # inodes beneath that do not fit below the limit → short ones
         self._paths: dict[int, RelPath] = {}  # inodes the kernel knows; dropped at FORGET
@@ -51,7 +52,7 @@ class LocalTier:
             found = os.lstat(self.path(rel))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        attributes = of_stat(found, self._ino(found.st_ino))
+        attributes = of_stat(found, self._ino(found.st_ino), self._umask)
         self._paths[attributes.ino] = rel
         return attributes
 
@@ -182,7 +183,8 @@ class LocalTier:
         if change.size is not None:
             os.truncate(path, change.size)
         if change.mode is not None:
-            os.chmod(path, change.mode & 0o7777)
+            before = os.stat(path, follow_symlinks=follow).st_mode
+            os.chmod(path, (change.mode & ~self._umask | before & self._umask) & 0o7777)
         if change.uid is not None or change.gid is not None:
             uid, gid = (-1 if value is None else value for value in (change.uid, change.gid))
             os.chown(path, uid, gid, follow_symlinks=follow)

@@ -230,10 +230,11 @@ class LockFiles:
             raise stale(ino) from None
 
     def _attributes(self, shown: _Shown) -> Attributes:
-        uid, gid = (shown.caller.uid, shown.caller.gid) if shown.caller else self._owner
+        uid, gid = (shown.caller.uid, shown.caller.gid) if shown.caller else self._owner[:2]
         time_ns = shown.mtime_ns
         size = len(shown.content)
-        return Attributes(shown.ino, stat.S_IFREG | _MODE, 1, uid, gid, size, 1, time_ns, time_ns, time_ns)
+        mode = stat.S_IFREG | _MODE & ~self._owner.umask
+        return Attributes(shown.ino, mode, 1, uid, gid, size, 1, time_ns, time_ns, time_ns)
 
     def _file(self, content: bytes) -> int:
         fd = os.memfd_create("lock", os.MFD_CLOEXEC)

@@ -127,7 +127,7 @@ class FileSystem:
             try:
                 return self._local.attributes(ino)
             except FileError:
-                return of_stat(self._fstat(ino), ino)
+                return of_stat(self._fstat(ino), ino, self.owner.umask)
         node = self._catalog.node(ino)
         if node is None:
             raise stale(ino)
@@ -496,5 +496,5 @@ class FileSystem:
                 await self.guard.wait(pid, node.path)
                 node = self.tree.directory(ino)
             with self.guard.staying(node.path):
-                await self.tree.setattr(node, as_stored(change, self.owner))
+                await self.tree.setattr(node, as_stored(change, self.owner, node.mode))
         return self.getattr(ino)

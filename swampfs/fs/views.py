@@ -50,7 +50,7 @@ class Views:
         private: bool = False,
     ) -> None:
         self._owner = owner
-        self._others = 0o700 if private else 0o777
+        self._others = (0o700 if private else 0o777) & ~owner.umask
         self._events = events
         self._files: dict[str, Callable[[], str]] = {**files, _EVENTS: str}
         self._names = list(self._files)
@@ -75,12 +75,12 @@ class Views:
         now = time.time_ns()
         if ino == VIEW_BASE or (ino in self._nodes and self._nodes[ino][1] is None):
             since = self._since_ns
-            return Attributes(ino, stat.S_IFDIR | 0o555 & self._others, 2, *self._owner, 0, 0, since, since, since)
+            return Attributes(ino, stat.S_IFDIR | 0o555 & self._others, 2, *self._owner[:2], 0, 0, since, since, since)
         if ino in self._nodes:
             size = len(self.readlink(ino).encode())
-            return Attributes(ino, stat.S_IFLNK | 0o777, 1, *self._owner, size, 0, now, now, now)
+            return Attributes(ino, stat.S_IFLNK | 0o777, 1, *self._owner[:2], size, 0, now, now, now)
         size = len(self._content(ino))
-        return Attributes(ino, stat.S_IFREG | 0o444 & self._others, 1, *self._owner, size, 0, now, now, now)
+        return Attributes(ino, stat.S_IFREG | 0o444 & self._others, 1, *self._owner[:2], size, 0, now, now, now)
 
     def children(self, ino: int) -> list[tuple[str, Attributes]]:
         """By their inodes, ascending."""

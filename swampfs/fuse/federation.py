@@ -179,7 +179,9 @@ class Federation(pyfuse3.Operations):
 
     def _directory(self, ino: int, mode: int) -> pyfuse3.EntryAttributes:
         at = self._since_ns
-        return entry_of(Attributes(ino, stat.S_IFDIR | mode, 1, *self._owner, 0, 0, at, at, at))
+        return entry_of(
+            Attributes(ino, stat.S_IFDIR | mode & ~self._owner.umask, 1, *self._owner[:2], 0, 0, at, at, at)
+        )
 
     @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:

@@ -398,3 +398,33 @@ def test_a_file_published_at_its_close_can_be_opened_and_linked_at_once(datastor
     os.link(machine.path / "files/one", machine.path / "files/two")
     (machine.path / "files/two").write_text("both")
     assert [datastore.get(f"files/{name}") for name in ("one", "two")] == [b"both"] * 2
+
+
+def test_a_umask_hides_permissions_here_and_changes_none_elsewhere(datastore, fleet):
+    a, b = fleet.machine("a", datastore.env, options=("--umask", "027")), fleet.machine("b", datastore.env)
+    for machine in (a, b):
+        machine.mount(datastore.url)
+    modes = lambda machine: [  # noqa: E731
+        stat.S_IMODE((machine.path / name).stat().st_mode) for name in ("files", "files/tool", "_local", "_local/own")
+    ]
+    for machine in (a, b):
+        (machine.path / "_local").mkdir(mode=0o755, exist_ok=True)
+        (machine.path / "_local/own").touch(0o666)
+    (b.path / "files").mkdir()
+    (b.path / "files/tool").write_text("#!/bin/sh\n")
+    (b.path / "files/tool").chmod(0o644)
+    b.flush()
+    wait_for((a.path / "files/tool").exists, "the other machine sees it")
+    assert modes(b) == [0o755, 0o644, 0o755, 0o644]
+    assert modes(a) == [0o750, 0o640, 0o750, 0o640]
+    (a.path / "files/tool").chmod(0o740)  # as `chmod u+x` asks for, which knows nothing of the rest
+    (a.path / "_local/own").chmod(0o740)
+    a.flush()
+    assert modes(a) == [0o750, 0o740, 0o750, 0o740]
+    wait_for(lambda: modes(b)[1] == 0o744, "only what may be changed was")
+    (a.path / "files/new").write_text("new")
+    assert stat.S_IMODE((a.path / "files/new").stat().st_mode) == 0o640
+    assert stat.S_IMODE((a.path / ".swampfs/status.json").stat().st_mode) == 0o440
+    a.umount()
+    done = a.run("mount", "--umask", "rwx", datastore.url, str(a.path), check=False)
+    assert done.returncode == 1 and "mask of permissions" in done.stderr
