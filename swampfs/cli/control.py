@@ -39,10 +39,11 @@ def ask(
     timeout_s: float = _ANSWER_S,
     *,
     shows: str | None = None,
+    as_json: bool = False,
 ) -> dict[str, Any]:
     """Send a request; an error in the answer ends the command with the mount's words and exit code.
 
-    ``shows``: whose progress to show meanwhile (:func:`swampfs.cli.progress.shown`).
+    ``shows``: whose progress to show meanwhile (:func:`swampfs.cli.progress.of_mount`), ``as_json`` or for people.
     """
     with contextlib.ExitStack() as at_end:
         shown: list[Callable[[], None]] = []
@@ -52,7 +53,7 @@ def ask(
                 if not shown:  # what draws is not worth its import for what takes a moment
                     from swampfs.cli import progress
 
-                    shown.append(at_end.enter_context(progress.shown(registration, shows)))
+                    shown.append(at_end.enter_context(progress.of_mount(registration, shows, as_json=as_json)))
                 shown[0]()
 
         answer = registry.request(registration, message, timeout_s, meanwhile)
@@ -66,27 +67,38 @@ def ask(
 @click.argument("mountpoint", type=FILE_NAME)
 @click.option("--timeout", callback=seconds, default="60s", show_default=True, help="Longest to wait for pushes.")
 @click.option("--lazy", is_flag=True, help="Unmount whatever is pending or open; the journal keeps it.")
-def umount(mountpoint: str, timeout: float, lazy: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="As JSON; progress on standard error, too.")
+def umount(mountpoint: str, timeout: float, lazy: bool, as_json: bool) -> None:
     """Push what is pending, then unmount.
 
     \b
     Example: swampfs umount ~/repo/.swamp
     """
     path = where(mountpoint)
+
+    def done(how: str, says: str = "") -> None:
+        if as_json:
+            click.echo(json.dumps({"mountpoint": str(path), "done": how}, ensure_ascii=False))
+        elif says:
+            click.echo(says)
+
     if lazy:
         mountpoints.unmount(str(path), lazy=True)
-        click.echo(f"detached {path}; its process ends with the last open file, and the journal keeps what is pending")
+        says = f"detached {path}; its process ends with the last open file, and the journal keeps what is pending"
+        done("detached", says)
         return
     if mountpoints.is_stale(str(path)):
         mountpoints.clear_stale(str(path))
-        click.echo(f"cleared the mount a dead process left at {path}; mount it again to push what is journaled")
+        says = f"cleared the mount a dead process left at {path}; mount it again to push what is journaled"
+        done("cleared", says)
         return
     registration = registry.find(os.environ, path)
     if Path(registration.mountpoint) != path:
         raise NotMountedError(f"{path} is inside the mount at {registration.mountpoint}", remedy="name that directory")
-    ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S, shows="push")
+    ask(registration, {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S, shows="push", as_json=as_json)
     mountpoints.unmount(str(path))
     _wait_for_exit(registration.pid)
+    done("unmounted")
 
 
 def _wait_for_exit(pid: int) -> None:
@@ -207,15 +219,17 @@ def compact(mountpoint: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("paths", type=FILE_NAME, nargs=-1)
 @click.option("--timeout", callback=seconds, default="60s", show_default=True, help="Longest to wait.")
-def flush(paths: tuple[str, ...], timeout: float) -> None:
+@click.option("--json", "as_json", is_flag=True, help="As JSON; progress on standard error, too.")
+def flush(paths: tuple[str, ...], timeout: float, as_json: bool) -> None:
     """Return when the given paths (default: the whole mount here) are committed remotely.
 
     \b
     Example: swampfs flush ~/repo/.swamp/data
     """
-    if not paths:
-        ask(pick(None), {"cmd": "flush", "timeout": timeout}, timeout + _ANSWER_S, shows="push")
-        return
-    for registration, relatives in by_mount(paths).items():
+    pending = 0
+    for registration, relatives in by_mount(paths).items() if paths else [(pick(None), None)]:
         message = {"cmd": "flush", "paths": relatives, "timeout": timeout}
-        ask(registration, message, timeout + _ANSWER_S, shows="push")
+        answer = ask(registration, message, timeout + _ANSWER_S, shows="push", as_json=as_json)
+        pending += answer["pending"]
+    if as_json:
+        click.echo(json.dumps({"pending": pending}))

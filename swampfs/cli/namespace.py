@@ -11,6 +11,7 @@ from typing import Any
 import click
 import trio
 
+from swampfs.cli import progress
 from swampfs.cli.sync import lock_options
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
@@ -123,15 +124,14 @@ def migrate(source: str | None, reverse: bool, confirmed: bool, as_json: bool) -
     if not datastore.namespace:
         raise UsageError("the repository has no namespace", remedy="`swampfs namespace set NAME` gives it one")
     provider = _provider(datastore)
-    moved = trio.run(
-        partial(
-            provider.migrate_namespace,
-            datastore.namespace,
-            lock_options(datastore),
-            reverse=reverse,
-            preview=not confirmed,
-        )
+    moving = partial(
+        provider.migrate_namespace,
+        datastore.namespace,
+        lock_options(datastore),
+        reverse=reverse,
+        preview=not confirmed,
     )
+    moved = progress.run("migrate", moving, as_json=as_json)
     ends = ("", f"{datastore.namespace}/")
     old, new = reversed(ends) if reverse else ends
     answer: dict[str, Any] = {

@@ -1,19 +1,27 @@
-"""What a command waits for, on standard error: a bar on a terminal, a line now and then in a pipe."""
+"""What a command waits for, on standard error: a bar on a terminal, lines now and then in a pipe, or JSON."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
+import click
+import trio
 
 from swampfs import registry
 from swampfs.errors import NotMountedError
+from swampfs.sync import tally
+
+T = TypeVar("T")
 
 _LINE_S = 5.0  # between two lines
+_JSON_S = 1.0
+_DRAW_S = 0.2
+_QUIET_S = 0.5  # what takes less is not worth a word
 _ANSWER_S = 5.0
 
 
@@ -25,10 +33,12 @@ class Done(NamedTuple):
     unit: str
 
 
+Look = Callable[[], Done | None]
+
+
 @contextmanager
-def shown(registration: registry.Registration, what: str) -> Iterator[Callable[[], None]]:
+def of_mount(registration: registry.Registration, what: str, *, as_json: bool = False) -> Iterator[Callable[[], None]]:
     """Yields what is to be called now and then while a mount is at ``what``: ``hydrate``, ``push``, ``metadata``."""
-    console = Console(stderr=True)
     measure = _Measure(what)
 
     def look() -> Done | None:
@@ -38,17 +48,53 @@ def shown(registration: registry.Registration, what: str) -> Iterator[Callable[[
             return None  # it is busy, or ends: whoever waits for its answer will know
         return None if "error" in answer else measure(answer)
 
-    if console.is_terminal:
-        with _bar(console, what) as (bars, task):
+    with _shown(look, what, as_json=as_json) as draw:
+        yield draw
 
-            def draw() -> None:
-                seen = look()
-                if seen is not None:
-                    bars.update(task, completed=seen.done, total=seen.total)
 
+def run(what: str, call: Callable[..., Awaitable[T]], *args: Any, as_json: bool = False) -> T:
+    """``trio.run``, showing how far the call is (:mod:`swampfs.sync.tally`)."""
+    return trio.run(watched, what, call, args, as_json)
+
+
+async def watched(what: str, call: Callable[..., Awaitable[T]], args: tuple[Any, ...], as_json: bool) -> T:
+    """Await a call, and show how far it is."""
+    seen = tally.Tally()
+    token = tally.watched.set(seen)
+    result: list[T] = []
+    failure: list[Exception] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_draw, what, seen, as_json)
+            try:
+                result.append(await call(*args))
+            except Exception as error:  # re-raised below: the nursery would wrap it in a group
+                failure.append(error)
+            nursery.cancel_scope.cancel()
+    finally:
+        tally.watched.reset(token)
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+async def _draw(what: str, seen: tally.Tally, as_json: bool) -> None:
+    await trio.sleep(_QUIET_S)
+    with _shown(lambda: Done(seen.done, seen.total, seen.what), what, as_json=as_json) as draw:
+        while True:
+            draw()
+            await trio.sleep(_DRAW_S)
+
+
+@contextmanager
+def _shown(look: Look, what: str, *, as_json: bool) -> Iterator[Callable[[], None]]:
+    if as_json:
+        yield _Lines(look, _JSON_S, lambda seen: json.dumps({"what": what, **seen._asdict()}))
+    elif sys.stderr.isatty():
+        with _bar(look, what) as draw:
             yield draw
     else:
-        yield _Lines(console, look)
+        yield _Lines(look, _LINE_S, lambda seen: f"{seen.done} of {seen.total} {seen.unit}")
 
 
 class _Measure:
@@ -69,24 +115,36 @@ class _Measure:
 
 
 @contextmanager
-def _bar(console: Console, what: str) -> Iterator[tuple[Progress, Any]]:
+def _bar(look: Look, what: str) -> Iterator[Callable[[], None]]:
+    from rich.console import Console  # not worth its import for what takes a moment
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
+
     counts = (DownloadColumn(), TransferSpeedColumn()) if what == "hydrate" else (MofNCompleteColumn(),)
-    with Progress(TextColumn("{task.description}"), BarColumn(), *counts, console=console, transient=True) as bars:
-        yield bars, bars.add_task(what, total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=None)
+
+        def draw() -> None:
+            seen = look()
+            if seen is not None and seen.total:
+                bars.update(task, completed=seen.done, total=seen.total)
+
+        yield draw
 
 
 class _Lines:
-    """``hydrate: 120 of 400 bytes``, not more often than somebody reads it."""
+    """A line each, not more often than somebody reads it."""
 
-    def __init__(self, console: Console, look: Callable[[], Done | None]) -> None:
-        self._console = console
+    def __init__(self, look: Look, every_s: float, line: Callable[[Done], str]) -> None:
         self._look = look
+        self._every_s = every_s
+        self._line = line
         self._told_at = time.monotonic()
 
     def __call__(self) -> None:
-        if time.monotonic() - self._told_at < _LINE_S:
+        if time.monotonic() - self._told_at < self._every_s:
             return
         self._told_at = time.monotonic()
         seen = self._look()
         if seen is not None and seen.total:
-            self._console.print(f"{seen.done} of {seen.total} {seen.unit}", highlight=False)
+            click.echo(self._line(seen), err=True)

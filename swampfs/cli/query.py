@@ -47,7 +47,8 @@ class _Source(NamedTuple):
 
 
 def _open(registration: registry.Registration, **message: Any) -> _Source:
-    answer = ask(registration, {"cmd": "artifacts", **message}, _FILL_S, shows="metadata")
+    as_json = bool(click.get_current_context().params.get("as_json"))
+    answer = ask(registration, {"cmd": "artifacts", **message}, _FILL_S, shows="metadata", as_json=as_json)
     root, own, shows_all = Path(registration.mountpoint), answer["namespace"], answer["allNamespaces"]
 
     def directory(artifact: Artifact) -> Path | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import trio
 
+from swampfs.cli import progress
 from swampfs.cli.locks import model_reference
 from swampfs.cli.sync import lock_options
 from swampfs.datastore.object_store import ObjectStoreProvider
@@ -152,8 +152,9 @@ def _do(datastore: OpenDatastore, make_plan: MakePlan, answer: Callable[[Plan], 
     if not isinstance(provider, ObjectStoreProvider):
         raise UsageError(f"the datastore type {datastore.type} has no such operation")
     surgery = provider.surgery(datastore.namespace)
+    what = click.get_current_context().info_name or ""
     if how.dry_run or not how.confirmed:
-        plan = trio.run(make_plan, surgery)
+        plan = progress.run(what, make_plan, surgery, as_json=how.as_json)
         _print(answer(plan), plan, as_json=how.as_json, done=False)
         if how.dry_run:
             return
@@ -169,7 +170,7 @@ def _do(datastore: OpenDatastore, make_plan: MakePlan, answer: Callable[[Plan], 
     async def run() -> Plan:
         return await provider.structurally(datastore.namespace, lock_options(datastore), work)
 
-    plan = trio.run(run)
+    plan = progress.run(what, run, as_json=how.as_json)
     _print(answer(plan), plan, as_json=how.as_json, done=True)
 
 

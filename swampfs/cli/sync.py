@@ -15,7 +15,7 @@ import click
 import trio
 
 from swampfs import registry
-from swampfs.cli import environment
+from swampfs.cli import environment, progress
 from swampfs.cli.words import FILE_NAME
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
@@ -82,11 +82,11 @@ def sync(
         )
     mount = None if dry_run or cache is not None or namespace else _mount_of(datastore)
     if mount is not None:
-        answer = _through_mount(mount, mode or "sync", timeout or _MOUNT_ANSWER_S)
+        answer = _through_mount(mount, mode or "sync", timeout or _MOUNT_ANSWER_S, as_json=as_json)
     else:
         service = datastore.provider.create_sync_service(_repo_dir(datastore), str(datastore.cache_path))
         run = partial(_preview if dry_run else _sync, datastore, service, mode or "sync", _timeout_s(timeout))
-        answer = trio.run(run)
+        answer = progress.run("sync", run, as_json=as_json)
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
@@ -118,7 +118,7 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
         shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
         return {"version": shards.version, "partitions": list(shards.partitions), "commitSeq": shards.commit_seq}
 
-    answer = _patiently(datastore, "migration", migrate)
+    answer = progress.run("migrate", partial(_patiently, datastore, "migration", migrate), as_json=as_json)
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
@@ -141,7 +141,8 @@ def doctor(source: str | None, repair: bool, bundle: Path | None, namespace: str
     """
     try:
         datastore = _open_for_doctor(source, namespace)
-        answer = _patiently(datastore, "examination", partial(_examine, datastore, repair))
+        examine = partial(_patiently, datastore, "examination", partial(_examine, datastore, repair))
+        answer = progress.run("doctor", examine, as_json=as_json)
     except (SettingsError, DatastoreTypeError) as error:
         answer = _answer(
             "unknown", False, [*environment.examine(), environment.finding("settings", error.line(), passed=False)]
@@ -234,13 +235,13 @@ async def _within(
     raise failure[0]
 
 
-def _patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awaitable[Any]]) -> Any:
+async def _patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awaitable[Any]]) -> Any:
     """Run the whole of a command that has no deadline of its own; it can be interrupted."""
 
     async def run(signal: AbortSignal) -> Any:
         return await call()
 
-    return trio.run(_within, _LONGEST_S, what, datastore, run)
+    return await _within(_LONGEST_S, what, datastore, run)
 
 
 async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
@@ -287,12 +288,14 @@ def _mount_of(datastore: OpenDatastore) -> registry.Registration | None:
         return None
 
 
-def _through_mount(mount: registry.Registration, mode: str, timeout_s: float) -> dict[str, Any]:
+def _through_mount(mount: registry.Registration, mode: str, timeout_s: float, *, as_json: bool) -> dict[str, Any]:
     """The mount has the same datastore open: it refreshes and pushes, so nothing is done twice."""
     answer: dict[str, Any] = {"mode": mode, "through": mount.mountpoint}
     for direction, command in (("push", "flush"), ("pull", "refresh")):
         if mode in (direction, "sync"):
-            reply = registry.request(mount, {"cmd": command, "timeout": timeout_s}, timeout_s + 10)
+            message = {"cmd": command, "timeout": timeout_s}
+            with progress.of_mount(mount, "push", as_json=as_json) as draw:
+                reply = registry.request(mount, message, timeout_s + 10, draw if direction == "push" else None)
             if "error" in reply:
                 raise SwampfsError(str(reply["error"]))
     return answer

@@ -121,7 +121,7 @@ async def plan_gc(surgery: Surgery, now: datetime) -> Plan:
         else:
             plan.remove_versions(data, await _beyond_policy(surgery, data, newest, now))
 
-    errors = await for_each(data_names(entries), judge, at_once=_AT_ONCE)
+    errors = await for_each(data_names(entries), judge, at_once=_AT_ONCE, what="names looked at")
     if errors:
         raise errors[0]
     plan.expired.sort(key=lambda expired: expired.data.path)

@@ -102,7 +102,7 @@ class ShardWriter:
             await self._remote.delete(key)
             removed.append(key)
 
-        await for_each(keys, remove, at_once=_SHARDS_AT_ONCE)
+        await for_each(keys, remove, at_once=_SHARDS_AT_ONCE, what="objects removed")
         return len(removed)
 
     async def _without(self, key: str, heads: Collection[str]) -> None:
@@ -182,7 +182,7 @@ class ShardWriter:
             except PreconditionError:
                 raise self._overtaken(key) from None
 
-        errors = await for_each(sorted(shards), put, at_once=_SHARDS_AT_ONCE)
+        errors = await for_each(sorted(shards), put, at_once=_SHARDS_AT_ONCE, what="shards written")
         if errors:
             raise errors[0]
         written = await self._write_meta(tuple(shards), blob, seq)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 import trio
 
+from swampfs.sync import tally
+
 T = TypeVar("T")
 
 
-async def for_each(items: Iterable[T], fn: Callable[[T], Awaitable[object]], *, at_once: int) -> list[Exception]:
-    """Run ``fn`` on every item; waits for all of them and returns what failed, in order of failing."""
+async def for_each(
+    items: Collection[T], fn: Callable[[T], Awaitable[object]], *, at_once: int, what: str = ""
+) -> list[Exception]:
+    """Run ``fn`` on every item; waits for all of them and returns what failed, in order of failing.
+
+    ``what`` they are, for whoever watches (:mod:`swampfs.sync.tally`); ``""``: not worth it.
+    """
+    progress = tally.begin(what, len(items)) if what else tally.Tally()
     limiter = trio.CapacityLimiter(at_once)
     errors: list[Exception] = []
 
@@ -21,6 +29,7 @@ async def for_each(items: Iterable[T], fn: Callable[[T], Awaitable[object]], *, 
                 await fn(item)
             except Exception as error:
                 errors.append(error)
+            progress.done += 1
 
     async with trio.open_nursery() as nursery:
         for item in items:

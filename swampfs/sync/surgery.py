@@ -66,7 +66,7 @@ class Surgery:
         async def delete(path: RelPath) -> None:
             await self.remote.delete(self.keys.data(path))
 
-        errors = await for_each(deletes, delete, at_once=_AT_ONCE)
+        errors = await for_each(deletes, delete, at_once=_AT_ONCE, what="objects removed")
         if errors:
             raise errors[0]
 
@@ -127,7 +127,7 @@ async def move_namespace(source: Surgery, target: Surgery, *, preview: bool) -> 
         if (ours or await source.hash_of(path)) != (theirs or await target.hash_of(path)):  # times prove nothing
             differing.append(path)
 
-    errors = await for_each(moving.keys() & there.keys(), compare, at_once=_AT_ONCE)
+    errors = await for_each(moving.keys() & there.keys(), compare, at_once=_AT_ONCE, what="files compared")
     if errors:
         raise errors[0]
     differing.sort()
@@ -152,7 +152,8 @@ async def move_namespace(source: Surgery, target: Surgery, *, preview: bool) -> 
                 raise NamespaceError(f"{key} exists, with other content", remedy="see whose it is") from None
             placed.append(entry._replace(sha256=sha256))
 
-    errors = await for_each([e for p, e in moving.items() if p not in there], place, at_once=_AT_ONCE)
+    missing = [entry for path, entry in moving.items() if path not in there]
+    errors = await for_each(missing, place, at_once=_AT_ONCE, what="files copied")
     if errors:
         raise errors[0]
     await target.commit(placed, [])

@@ -264,7 +264,7 @@ class CachePuller:
     ) -> tuple[int, list[tuple[_Download, Exception]]]:
         if not wanted:
             return 0, []
-        batch = Batch(wanted, self._fetch_one, signal)
+        batch = Batch(wanted, self._fetch_one, signal, what="files pulled")
         try:
             await batch.run(self._parts.remote.threads, Lane.HYDRATE, min(self._parts.pull_width, len(wanted)))
         finally:

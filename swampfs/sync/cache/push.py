@@ -247,7 +247,7 @@ class CachePusher:
     ) -> list[tuple[str, Exception]]:
         if not changes:
             return []
-        batch = Batch(changes, self._upload_one, signal)
+        batch = Batch(changes, self._upload_one, signal, what="files pushed")
         await batch.run(self._parts.remote.threads, Lane.PUSH, min(self._parts.push_width, len(changes)))
         for change, sent in batch.done:
             if sent is None:
@@ -369,7 +369,7 @@ class CachePusher:
             except AbsentError:
                 return
 
-        batch = Batch(paths, remove, signal)
+        batch = Batch(paths, remove, signal, what="objects removed")
         await batch.run(self._parts.remote.threads, Lane.PUSH, min(self._parts.push_width, len(paths)))
         if batch.failed:
             raise transfer_error(

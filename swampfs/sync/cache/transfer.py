@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Generic, TypeVar
 
 import trio
 
 from swampfs.errors import AbortedError, StoreUnreachableError, TransferError
 from swampfs.provider import AbortSignal
+from swampfs.sync import tally
 from swampfs.threads import Lane, Threads
 
 T = TypeVar("T")
@@ -17,9 +18,13 @@ R = TypeVar("R")
 
 
 class Batch(Generic[T, R]):
-    """A queue of items worked off by ``width`` threads. Each worker takes many: a thread hop per file is dear."""
+    """A queue of items worked off by ``width`` threads. Each worker takes many: a thread hop per file is dear.
 
-    def __init__(self, items: Iterable[T], fn: Callable[[T], R], signal: AbortSignal | None) -> None:
+    ``what`` they are, for whoever watches (:mod:`swampfs.sync.tally`).
+    """
+
+    def __init__(self, items: Collection[T], fn: Callable[[T], R], signal: AbortSignal | None, *, what: str) -> None:
+        self._progress = tally.begin(what, len(items))
         self._items = iter(items)
         self._fn = fn
         self._signal = signal
@@ -65,10 +70,12 @@ class Batch(Generic[T, R]):
             except Exception as error:
                 self._unreached += isinstance(error, StoreUnreachableError)
                 with self._lock:
+                    self._progress.done += 1
                     self.failed.append((item, error))
             else:
                 self._unreached = 0
                 with self._lock:
+                    self._progress.done += 1
                     self.done.append((item, result))
 
 
