@@ -13,6 +13,8 @@ from typing import Any
 from swampfs import registry
 from swampfs.errors import MountError, NotMountedError
 from swampfs.fuse import mountpoint as mountpoints
+from swampfs.settings import user_data_dir
+from swampfs.state.examine import StateReport, examine_state
 
 _DEVICE = "/dev/fuse"
 _CONFIGURATION = Path("/etc/fuse.conf")
@@ -25,9 +27,9 @@ def finding(check: str, message: str, *, passed: bool, repair: str = "") -> dict
 
 
 def examine() -> list[dict[str, Any]]:
-    """What this machine can do, and its mounts."""
+    """What this machine can do, its mounts, and what mounts keep here."""
     dead = _dead()
-    return [_fuse(), *_mounts(dead), *map(_left_behind, dead)]
+    return [_fuse(), *_mounts(dead), *map(_left_behind, dead), *_states()]
 
 
 def repair() -> list[str]:
@@ -92,6 +94,37 @@ def _left_behind(mountpoint: str) -> dict[str, Any]:
         passed=False,
         repair="clears it, so that it can be mounted again",
     )
+
+
+def _states() -> list[dict[str, Any]]:
+    """State directories, of mounts and left by mounts: one line each for those with something to say."""
+    known = registry.registrations(os.environ)
+    mounted = {mount.state_dir for mount in known if registry.is_running(mount)}
+    usual = user_data_dir(os.environ) / "swampfs"
+    homes = {str(path.parent.parent) for path in usual.glob("*/state/journal.db")} | {one.state_dir for one in known}
+    found = []
+    for home in sorted(homes):
+        try:
+            found += _of_state(home, examine_state(home, is_mounted=home in mounted))
+        except OSError as error:
+            found.append(finding("state", f"{home} cannot be read: {error.strerror}", passed=False))
+    if homes and not found:
+        found.append(finding("state", f"{len(homes)} state director{'y' if len(homes) == 1 else 'ies'} in order",
+                             passed=True))  # fmt: skip
+    return found
+
+
+def _of_state(home: str, report: StateReport) -> list[dict[str, Any]]:
+    said = [f"{name} is damaged: the next mount sets it aside and goes on from the files" for name in report.damaged]
+    if report.pending:
+        said.append(f"{report.pending} change(s) are not pushed, and nothing mounts it: mount it again")
+    if report.lost:
+        said.append(f"the content of {len(report.lost)} of them is gone, such as {report.lost[0]}")
+    found = [finding("state", f"{home}: {text}", passed=False) for text in said]
+    if report.conflicts:
+        text = f"{home}: {report.conflicts} content(s) kept because another machine won: see `swampfs conflicts`"
+        found.append(finding("state", text, passed=True))
+    return found
 
 
 def _dead() -> list[str]:

@@ -15,6 +15,7 @@ from swampfs.errors import EXIT_SYSTEM, EXIT_USAGE, SwampfsError
 _HOMES = {
     "conflicts": "conflicts",
     "control": "compact flush status umount",
+    "doctor": "doctor",
     "explain": "explain",
     "keeping": "evict hydrate info pin unpin",
     "locks": "lock",
@@ -23,7 +24,7 @@ _HOMES = {
     "namespace": "namespace",
     "query": "latest query",
     "structural": "delete gc prune",
-    "sync": "doctor migrate-index sync",
+    "sync": "migrate-index sync",
 }
 """Module → its commands. Imported when asked for: the SDKs cost half a second that `status` does without."""
 _COMMANDS = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -1,11 +1,10 @@
-"""Commands without a mount: ``sync``, ``migrate-index``, ``doctor``. Beside a mount, ``sync`` goes through it."""
+"""Commands without a mount: ``sync``, ``migrate-index``. Beside a mount, ``sync`` goes through it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -15,23 +14,18 @@ import click
 import trio
 
 from swampfs import registry
-from swampfs.cli import environment, progress
+from swampfs.cli import progress
 from swampfs.cli.words import FILE_NAME
 from swampfs.datastore.object_store import ObjectStoreProvider
 from swampfs.datastore.repository import OpenDatastore, open_for_command
 from swampfs.errors import (
-    AccessDeniedError,
-    DatastoreTypeError,
     NotMountedError,
-    SettingsError,
     SwampfsError,
     SyncNotSupportedError,
     SyncTimeoutError,
 )
 from swampfs.names import Keyspace
 from swampfs.provider import AbortSignal, DatastoreSyncService, LockOptions
-from swampfs.records import IndexMode
-from swampfs.sync.examine import IndexReport
 
 _DEFAULT_TIMEOUT_S = 300.0
 _MOUNT_ANSWER_S = 30.0
@@ -40,23 +34,23 @@ _TOO_SLOW = "too slow"
 _INTERRUPTED = "interrupted"
 _SHOWN = 5
 
-_source = click.argument("source", type=FILE_NAME, required=False)
-_namespace = click.option("--namespace", envvar="SWAMPFS_NAMESPACE", default="", help="Bind one namespace.")
-_json = click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
+source_argument = click.argument("source", type=FILE_NAME, required=False)
+namespace_option = click.option("--namespace", envvar="SWAMPFS_NAMESPACE", default="", help="Bind one namespace.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Every field, as JSON.")
 _cache = click.option("--cache", type=click.Path(path_type=Path), help="Cache directory.  [default: the repository's]")
 
 
 @click.command()
-@_source
+@source_argument
 @click.option("--pull", "mode", flag_value="pull", help="Only fetch what others changed.")
 @click.option("--push", "mode", flag_value="push", help="Only publish what was changed here.")
 @click.option("--dry-run", is_flag=True, help="Say what a push would do, and do nothing.")
 @click.option(
     "--timeout", type=click.FloatRange(1, 21600), help="Longest for each direction, in seconds.  [default: 300]"
 )
-@_namespace
+@namespace_option
 @_cache
-@_json
+@json_option
 def sync(
     *,
     source: str | None,
@@ -84,7 +78,7 @@ def sync(
     if mount is not None:
         answer = _through_mount(mount, mode or "sync", timeout or _MOUNT_ANSWER_S, as_json=as_json)
     else:
-        service = datastore.provider.create_sync_service(_repo_dir(datastore), str(datastore.cache_path))
+        service = datastore.provider.create_sync_service(repo_dir(datastore), str(datastore.cache_path))
         run = partial(_preview if dry_run else _sync, datastore, service, mode or "sync", _timeout_s(timeout))
         answer = progress.run("sync", run, as_json=as_json)
     if as_json:
@@ -100,9 +94,9 @@ def sync(
 
 
 @click.command("migrate-index")
-@_source
-@_namespace
-@_json
+@source_argument
+@namespace_option
+@json_option
 def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
     """Divide the datastore's one index file into shards; a sharded one is completed from its objects.
 
@@ -118,50 +112,13 @@ def migrate_index(source: str | None, namespace: str, as_json: bool) -> None:
         shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
         return {"version": shards.version, "partitions": list(shards.partitions), "commitSeq": shards.commit_seq}
 
-    answer = progress.run("migrate", partial(_patiently, datastore, "migration", migrate), as_json=as_json)
+    answer = progress.run("migrate", partial(patiently, datastore, "migration", migrate), as_json=as_json)
     if as_json:
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
         click.echo(
             f"index version {answer['version']}: {len(answer['partitions'])} shards, commit {answer['commitSeq']}"
         )
-
-
-@click.command()
-@_source
-@click.option("--repair", is_flag=True, help="Mend what can be mended: index shards, foreign objects, dead mounts.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Write what somebody who helps has to know into FILE.")
-@_namespace
-@_json
-def doctor(source: str | None, repair: bool, bundle: Path | None, namespace: str, as_json: bool) -> None:
-    """Examine environment, datastore, index and cache. Exit code 1 if something is wrong.
-
-    \b
-    Example: swampfs doctor ~/repo
-    """
-    try:
-        datastore = _open_for_doctor(source, namespace)
-        examine = partial(_patiently, datastore, "examination", partial(_examine, datastore, repair))
-        answer = progress.run("doctor", examine, as_json=as_json)
-    except (SettingsError, DatastoreTypeError) as error:
-        answer = _answer(
-            "unknown", False, [*environment.examine(), environment.finding("settings", error.line(), passed=False)]
-        )
-    if as_json:
-        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
-    else:
-        for finding in answer["healthFindings"]:
-            click.echo(f"{'ok  ' if finding['passed'] else 'FAIL'}  {finding['check']:12} {finding['message']}")
-            if "repair" in finding and not repair:
-                click.echo(f"                   --repair {finding['repair']}")
-        for line in answer["repairs"]:
-            click.echo(f"      repaired     {line}")
-    if bundle is not None:
-        from swampfs.cli import bundle as bundles
-
-        names = bundles.write(bundle, answer)
-        click.echo(f"{bundle} has {', '.join(names)}; secrets are left out, names of files are not", err=True)
-    sys.exit(0 if answer["overallStatus"] == "pass" else 1)
 
 
 # --- sync --------------------------------------------------------------------------------------------------
@@ -176,7 +133,7 @@ async def _sync(datastore: OpenDatastore, service: DatastoreSyncService, mode: s
     if mode != "pull":
 
         async def push(signal: AbortSignal) -> Any:
-            return await _locked(datastore, partial(service.push_changed, namespace=namespace, signal=signal))
+            return await locked(datastore, partial(service.push_changed, namespace=namespace, signal=signal))
 
         answer["filesPushed"] = await _within(timeout_s, "push", datastore, push)
     return answer
@@ -235,7 +192,7 @@ async def _within(
     raise failure[0]
 
 
-async def _patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awaitable[Any]]) -> Any:
+async def patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awaitable[Any]]) -> Any:
     """Run the whole of a command that has no deadline of its own; it can be interrupted."""
 
     async def run(signal: AbortSignal) -> Any:
@@ -244,9 +201,9 @@ async def _patiently(datastore: OpenDatastore, what: str, call: Callable[[], Awa
     return await _within(_LONGEST_S, what, datastore, run)
 
 
-async def _locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
+async def locked(datastore: OpenDatastore, fn: Callable[[], Awaitable[Any]]) -> Any:
     """Under the namespace's global lock, as swamp pushes (spec §9.4). Raises LockTimeoutError."""
-    place = datastore.provider.resolve_datastore_path(_repo_dir(datastore))
+    place = datastore.provider.resolve_datastore_path(repo_dir(datastore))
     return await datastore.provider.create_lock(place, lock_options(datastore)).with_lock(fn)
 
 
@@ -269,7 +226,7 @@ def _positive(variable: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) > 0 else None
 
 
-def _repo_dir(datastore: OpenDatastore) -> str:
+def repo_dir(datastore: OpenDatastore) -> str:
     return str(datastore.repo.directory if datastore.repo is not None else Path.cwd())
 
 
@@ -299,132 +256,3 @@ def _through_mount(mount: registry.Registration, mode: str, timeout_s: float, *,
             if "error" in reply:
                 raise SwampfsError(str(reply["error"]))
     return answer
-
-
-# --- doctor ------------------------------------------------------------------------------------------------
-
-
-async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
-    repairs = environment.repair() if repair else []
-    findings = [*environment.examine(), *_extensions(datastore)]
-    health = await datastore.provider.create_verifier().verify()
-    findings.append(environment.finding("health", health.message, passed=health.healthy))
-    contamination = None
-    provider = datastore.provider
-    if health.healthy and isinstance(provider, ObjectStoreProvider) and not datastore.is_directory:
-        findings.append(await _conditional(provider, datastore.namespace))
-        try:
-            report = await provider.examine_index(datastore.namespace)
-            if repair and not report.sound and report.mode is IndexMode.SHARDS:
-                shards = await provider.migrate_index(datastore.namespace, lock_options(datastore))
-                repairs.append(f"index rebuilt from the objects: {len(shards.partitions)} shards")
-                report = await provider.examine_index(datastore.namespace)
-            findings.append(_of_index(report))
-        except SwampfsError as error:
-            findings.append(environment.finding("index", error.line(), passed=False))
-        if datastore.namespace and str(datastore.cache_path) != os.devnull:
-            contamination = await _contamination(datastore, repairs, repair=repair)
-            if contamination is not None:
-                findings.append(
-                    environment.finding(
-                        "namespace", f"objects of {contamination} inside it", passed=False, repair="removes them"
-                    )
-                )
-    findings.extend(_caches(datastore))
-    return {
-        **_answer(datastore.type, datastore.is_custom, findings),
-        "contaminationFinding": contamination,
-        "repairs": repairs,
-    }
-
-
-def _open_for_doctor(source: str | None, namespace: str) -> OpenDatastore:
-    """With the repository's cache if there is a repository, else without one."""
-    try:
-        return open_for_command(source, os.environ, Path.cwd(), namespace=namespace)
-    except SettingsError as error:
-        if "--cache" not in error.remedy:
-            raise
-        return open_for_command(source, os.environ, Path.cwd(), namespace=namespace, cache=Path(os.devnull))
-
-
-def _answer(kind: str, is_custom: bool, findings: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "overallStatus": "pass" if all(finding["passed"] for finding in findings) else "fail",
-        "datastoreType": kind,
-        "isCustom": is_custom,
-        "healthFindings": findings,
-        "contaminationFinding": None,
-        "repairs": [],
-    }
-
-
-def _extensions(datastore: OpenDatastore) -> list[dict[str, Any]]:
-    return [
-        environment.finding("extension", f"{broken.origin}: {broken.reason}", passed=False)
-        for broken in datastore.broken
-    ]
-
-
-async def _conditional(provider: ObjectStoreProvider, namespace: str) -> dict[str, Any]:
-    """Whether two writers can be kept apart."""
-    try:
-        await provider.prove_preconditions(namespace)
-    except AccessDeniedError:
-        return environment.finding("writing", "these credentials may only read: mount it --read-only", passed=True)
-    except SwampfsError as error:
-        return environment.finding("writing", error.line(), passed=False)
-    return environment.finding("writing", "conditional writes are honoured", passed=True)
-
-
-def _of_index(report: IndexReport) -> dict[str, Any]:
-    is_mendable = not report.sound and report.mode is IndexMode.SHARDS
-    repair = "rebuilds the shards from the objects" if is_mendable else ""
-    return environment.finding("index", _index_text(report), passed=report.sound, repair=repair)
-
-
-def _index_text(report: IndexReport) -> str:
-    text = f"{report.mode.value}, {report.entries} entries"
-    if report.mode is IndexMode.SHARDS:
-        text += f", commit {report.commit_seq}"
-    for paths, what in (
-        (report.broken, "document(s) missing or unreadable"),
-        (report.dangling, "entries without an object"),
-        (report.differing, "objects of another size"),
-        (report.unlisted, "objects without an entry"),
-        (report.stray, "shards that nothing lists"),
-    ):
-        if paths:
-            text += f"; {len(paths)} {what}, such as {', '.join(paths[:_SHOWN])}"
-    return text + (f"; {report.skipped} unusable entries" if report.skipped else "")
-
-
-async def _contamination(datastore: OpenDatastore, repairs: list[str], *, repair: bool) -> str | None:
-    service = datastore.provider.create_sync_service(_repo_dir(datastore), str(datastore.cache_path))
-    look = partial(service.repair_namespace_contamination, namespace=datastore.namespace)
-    report = await look(dry_run=True)
-    if repair and report.total_foreign_objects:
-        done = await _locked(datastore, partial(look, dry_run=False))
-        repairs.append(f"{done.deleted} foreign object(s) removed")
-        report = await look(dry_run=True)
-    names = ", ".join(f"{found.namespace} ({found.object_count})" for found in report.foreign_namespaces)
-    return names or None
-
-
-def _caches(datastore: OpenDatastore) -> list[dict[str, Any]]:
-    cache = datastore.cache_path
-    kept = cache / "_index" / "conflicts"
-    if datastore.is_directory or not cache.is_dir():
-        return []
-    count = len(os.listdir(kept)) if kept.is_dir() else 0
-    sidecar = cache / ".datastore-sync-state.json"
-    try:
-        dirty = json.loads(sidecar.read_text()).get("localDirty") if sidecar.exists() else False
-    except (OSError, ValueError, AttributeError):
-        return [
-            environment.finding("cache", f"{sidecar} cannot be read: the next push looks at every file", passed=False)
-        ]
-    text = f"{cache}: {'work to push' if dirty else 'nothing to push'}"
-    if count:
-        text += f"; {count} content(s) kept in {kept} because another machine won"
-    return [environment.finding("cache", text, passed=True)]

@@ -23,6 +23,7 @@ from swampfs.provider import (
 from swampfs.schemas import PULL_CONCURRENCY, PUSH_CONCURRENCY
 from swampfs.state.sidecar import S3_FINGERPRINT
 from swampfs.sync.cache.service import CacheSyncService
+from swampfs.sync.clock import Skew, measure
 from swampfs.sync.datastore_lock import DatastoreLock, HeldLocks
 from swampfs.sync.drain import ModelLocks, as_writer, structurally
 from swampfs.sync.examine import IndexReport, examine
@@ -128,6 +129,10 @@ class ObjectStoreProvider:
         """One request, which changes nothing in a store that honours them. Raises PreconditionsUnsupportedError."""
         key = self._keys._replace(namespace=namespace).data("_control/swampfs/precondition-probe")
         await prove_preconditions(self._remote, key)
+
+    async def measure_clock(self, namespace: str) -> Skew | None:
+        """This machine's clock against the datastore's; see :func:`swampfs.sync.clock.measure`."""
+        return await measure(self._remote, self._keys._replace(namespace=namespace))
 
     async def migrate_index(self, namespace: str, options: LockOptions) -> ShardMap:
         """Version 1 → 2, or shards that agree with the objects (version 2), while nobody writes.

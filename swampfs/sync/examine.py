@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from swampfs.errors import AbsentError, IndexCorruptError
-from swampfs.names import Keyspace, RelPath, is_servable
+from swampfs.names import Keyspace, RelPath, is_servable, partition_key
 from swampfs.records import IndexMode
 from swampfs.sync.index import Meta, decode_entries, decode_json, decode_meta, decode_shard
 from swampfs.sync.listing import list_entries
@@ -24,6 +24,7 @@ class IndexReport(NamedTuple):
     unlisted: tuple[str, ...]  # objects without an entry
     broken: tuple[str, ...]  # documents that are listed and missing, or unreadable
     stray: tuple[str, ...]  # shards that nothing lists
+    homeless: tuple[str, ...]  # entries whose paths have no partition (spec §3)
     skipped: int  # entries whose names or fields cannot be used
 
     @property
@@ -60,7 +61,7 @@ async def examine(remote: Remote, keys: Keyspace) -> IndexReport:
         skipped += len(bad)
         sizes.update((entry.path, entry.size) for entry in good if is_servable(entry.path))
     return await _compare(remote, keys, IndexReport(mode, meta.commit_seq if meta else 0, len(sizes), (), (), (),
-                                                    tuple(broken), (), skipped), sizes, meta)  # fmt: skip
+                                                    tuple(broken), (), (), skipped), sizes, meta)  # fmt: skip
 
 
 async def _compare(
@@ -77,6 +78,7 @@ async def _compare(
         differing=tuple(sorted(path for path in sizes.keys() & found.keys() if sizes[path] != found[path])),
         unlisted=tuple(sorted(found.keys() - sizes.keys())) if report.mode is not IndexMode.LISTING else (),
         stray=tuple(stray),
+        homeless=tuple(sorted(path for path in sizes if partition_key(path) is None)),
     )
 
 

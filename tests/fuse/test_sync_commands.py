@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.datastores import load_monolith
+from tests.datastores import load_monolith, load_shards
 from tests.harness import wait_for
+from tests.site import FAKETIME
 
 MODEL = "data/test/m1/state"
 FILES = [(f"{MODEL}/1/raw", b"one"), (f"{MODEL}/latest", b"1"), ("audit/a.jsonl", b"{}")]
@@ -309,3 +310,66 @@ def test_a_bundle_for_who_helps_has_everything_but_secrets(home, repo, run, buck
     assert json.loads(parts["machine.json"])["packages"]["pyfuse3"][0].isdigit()
     code, _, err = run("doctor", "--bundle", str(path), cwd=repo)
     assert (code, "cannot be written: File exists" in err) == (2, True), "nothing is overwritten"
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed (apt-get install faketime)")
+@pytest.mark.parametrize("clock", ["+70s", "-70s"])
+def test_the_doctor_finds_a_clock_that_is_wrong(repo, run, bucket, monkeypatch, clock):
+    _, out, _ = run("doctor", cwd=repo)
+    assert "ok    clock        within 5 s of the datastore's" in out
+    monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
+    monkeypatch.setenv("FAKETIME", clock)
+    code, out, _ = run("doctor", cwd=repo)
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert (
+        line.startswith("FAIL  clock        this machine is ")
+        and ("ahead of" if clock == "+70s" else "behind") in line
+        and "timedatectl" in line
+    )
+    assert 68 <= int(line.split(" is ")[1].split()[0]) <= 72
+    assert bucket.keys() == [], "the probe is gone"
+
+
+def test_the_doctor_names_paths_that_no_shard_can_hold(repo, run, bucket):
+    odd = "definitions-evaluated/test/x.yaml"
+    load_monolith(bucket, [*FILES, (odd, b"x")])
+    code, out, _ = run("doctor", cwd=repo)
+    assert (code, f"ok    paths        1 belong to no shard ({odd}): `migrate-index` would refuse them" in out) == (
+        0,
+        True,
+    )
+    assert run("migrate-index", cwd=repo)[0] == 2
+    for key in bucket.keys():
+        bucket.delete(key)
+    load_shards(bucket, [*FILES, (odd, b"x")])
+    code, out, _ = run("doctor", cwd=repo)
+    assert code == 1
+    assert f"FAIL  paths        1 belong to no shard ({odd}): other writers may drop them" in out
+
+
+def test_the_doctor_finds_what_a_mount_left_unpushed_and_what_of_it_is_gone(home, repo, run, bucket, fleet):
+    machine = fleet.machine("left", {**bucket.env, "SWAMP_HOME": str(home / "swamp")}, options=("--push-delay", "1h"))
+    machine.mount(bucket.url)
+    (machine.path / "files").mkdir()
+    for name in ("kept", "gone"):
+        (machine.path / "files" / name).write_text(name)
+    (machine.path / "files/link").symlink_to("kept")
+    _, out, _ = run("doctor", cwd=repo)
+    assert "ok    state        1 state directory in order" in out, "while it is mounted"
+    machine.kill()
+    run("umount", str(machine.path))
+    code, out, _ = run("doctor", cwd=repo)
+    assert (code, f"{machine.state_dir}: 3 change(s) are not pushed, and nothing mounts it" in out) == (1, True)
+    assert "of them is gone" not in out
+    (machine.state_dir / "files/files/gone").unlink()
+    _, out, _ = run("doctor", cwd=repo)
+    assert "the content of 1 of them is gone, such as files/gone" in out
+    (machine.state_dir / "state/catalog.db").write_bytes(b"no database" * 1000)
+    (machine.state_dir / "state/catalog.db-wal").unlink()
+    _, out, _ = run("doctor", cwd=repo)
+    assert "catalog.db is damaged: the next mount sets it aside" in out
+    machine.mount(bucket.url)
+    assert (machine.path / "files/kept").read_text() == "kept"
+    machine.umount()
+    assert bucket.get("files/kept") == b"kept"
