@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from swampfs import metrics, registry
+from swampfs import metrics, registry, spans
 from swampfs.artifacts.keeper import Keeper
 from swampfs.control import Control
 from swampfs.datastore import Datastore, open_datastore
@@ -169,6 +169,7 @@ async def run(settings: MountSettings, env: Mapping[str, str], on_ready: Callabl
     failure: list[Exception] = []
     threads = Threads()
     with ExitStack() as at_end:
+        at_end.callback(spans.begin(env))
         at_end.callback(os.close, lock_state_dir(settings.state_dir))
         beneath = _local_root(settings)
         at_end.callback(os.close, beneath)

@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"__init__"},
     {"errors", "names", "records"},
     {"schemas", "settings", "provider"},
-    {"threads"},
+    {"threads", "spans"},
     {"backends", "state"},
     {"sync"},
     {"datastore", "artifacts"},
@@ -40,6 +40,7 @@ CONFINED = {
     "pymongo": "backends/mongodb.py",
     "sqlite3": "state/",
     "cel": "artifacts/predicate.py",
+    "opentelemetry": "spans.py",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

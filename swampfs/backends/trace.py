@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from swampfs.errors import SwampfsError
 from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
+from swampfs.spans import span
 
 T = TypeVar("T")
 
@@ -36,7 +37,8 @@ class TracingStore:
         started = time.monotonic()
         outcome = "ok"
         try:
-            result = fn()
+            with span(operation, key=key, store=self.name):
+                result = fn()
             if operation == "get" and result is None:
                 outcome = "unchanged"
             return result

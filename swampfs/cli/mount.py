@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import click
 import trio
 from click.core import ParameterSource
 
+from swampfs.cli import logs
 from swampfs.cli.words import FILE_NAME
 from swampfs.errors import EXIT_MOUNT, EXIT_SYSTEM, SettingsError, SwampfsError, UsageError
 from swampfs.settings import (
@@ -127,6 +127,8 @@ def octal(ctx: click.Context, param: click.Parameter, value: str) -> int:
               help="Log of a background mount.  [default: swampfs.log in the state directory]")  # fmt: skip
 @click.option("--log-level", envvar="SWAMPFS_LOG_LEVEL", default="info", show_default=True,
               type=click.Choice(["debug", "info", "warning", "error"]), help="What is worth a line.")  # fmt: skip
+@click.option("--log-format", envvar="SWAMPFS_LOG_FORMAT", default="text", show_default=True,
+              type=click.Choice(["text", "json"]), help="json: an object per line.")  # fmt: skip
 @click.option("--trace-file", envvar="SWAMPFS_TRACE_FILE", type=click.Path(),
               help="Append one JSON line per request to the datastore.")  # fmt: skip
 @click.pass_context
@@ -147,10 +149,7 @@ def mount(ctx: click.Context, /, **flags: Any) -> None:
     if ready_fd is None and not flags["foreground"]:
         _in_background(settings, flags["log_file"])
         return
-    logging.basicConfig(
-        level=flags["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    logs.begin(flags["log_level"], flags["log_format"])
     if ready_fd is None:
 
         def on_ready() -> None:

@@ -17,6 +17,7 @@ from cachetools import LRUCache
 from swampfs.errors import AbsentError, IntegrityError, PreconditionError, SwampfsError
 from swampfs.names import RelPath
 from swampfs.records import IndexEntry, Node, Residency
+from swampfs.spans import span
 from swampfs.sync.hashing import hash_file
 from swampfs.sync.incoming import LARGE, Incoming, StoppedError
 from swampfs.sync.parts import Parts
@@ -164,7 +165,8 @@ class Hydrator:
     async def _fly(self, path: RelPath) -> None:
         flight = self._flights[path]
         try:
-            await self._fetch(path)
+            with span("hydrate", path=path):
+                await self._fetch(path)
             self.failures.pop(path, None)
         except StoppedError as error:
             flight.error = error  # who waits begins again

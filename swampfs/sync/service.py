@@ -17,6 +17,7 @@ from swampfs.errors import StoreError
 from swampfs.names import Keyspace, RelPath, is_scratch
 from swampfs.provider import RemoteIndex
 from swampfs.records import IndexMode, Node, PushReport, TreeChange, timestamp
+from swampfs.spans import span
 from swampfs.state.cache_dir import CacheDir
 from swampfs.state.catalog import Catalog
 from swampfs.state.journal import Journal
@@ -233,7 +234,8 @@ class SyncService:
     async def pull_changed(self) -> list[TreeChange]:
         """See :meth:`swampfs.sync.pull.Puller.pull`. Listeners are told before this returns."""
         began = time.monotonic()
-        changes = await self._puller.pull()
+        with span("pull"):
+            changes = await self._puller.pull()
         self.refreshed_at = time.monotonic()
         self.announce(changes)
         if changes:
@@ -243,7 +245,8 @@ class SyncService:
 
     async def push_changed(self, paths: Sequence[str], *, even_open: Container[str] = ()) -> PushReport:
         """See :meth:`swampfs.sync.push.Pusher.push`."""
-        report, changes = await self._pusher.push(paths, even_open=even_open)
+        with span("push", paths=len(paths)):
+            report, changes = await self._pusher.push(paths, even_open=even_open)
         if len(self.journal) == 0:
             self.sidecar.mark_clean(self.catalog.watermark(), timestamp(time.time_ns()))
         self.announce(changes)
