@@ -58,21 +58,15 @@ def register(env: Mapping[str, str], registration: Registration) -> Path:
 def forget_dead(env: Mapping[str, str]) -> None:
     """Remove the records of mounts whose process is gone and that nothing is mounted by any more."""
     for registration in registrations(env):
-        if not is_running(registration) and not os.path.ismount(registration.mountpoint):
-            record = run_dir(env) / f"{_digest(Path(registration.mountpoint))}.json"
-            record.unlink(missing_ok=True)
-            Path(registration.socket).unlink(missing_ok=True)
-
-
-def is_running(registration: Registration) -> bool:
-    """Whether there is a process of its number, which may be somebody else's by now."""
-    try:
-        os.kill(registration.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        try:
+            os.kill(registration.pid, 0)
+        except ProcessLookupError:
+            if not os.path.ismount(registration.mountpoint):
+                record = run_dir(env) / f"{_digest(Path(registration.mountpoint))}.json"
+                record.unlink(missing_ok=True)
+                Path(registration.socket).unlink(missing_ok=True)
+        except PermissionError:
+            continue  # somebody else's process has the number now
 
 
 def registrations(env: Mapping[str, str]) -> list[Registration]:

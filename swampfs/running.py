@@ -17,13 +17,13 @@ from swampfs import __version__, metrics
 from swampfs.artifacts.keeper import Keeper
 from swampfs.artifacts.query import LARGEST
 from swampfs.datastore import Datastore
-from swampfs.errors import FileError, HostileNameError, UsageError
+from swampfs.errors import FileError, HostileNameError, StateError, UsageError
 from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
 from swampfs.fs.events import Events
 from swampfs.fs.keeping import Keeping
-from swampfs.fs.links import TOPS, Listing, Source, listing
+from swampfs.fs.links import MOST, TOPS, Listing, Source, listing
 from swampfs.fs.old import target
 from swampfs.fs.prefetch import Prefetch
 from swampfs.fs.refresh import Refresh
@@ -36,7 +36,7 @@ from swampfs.fs.xattrs import PREFIX, Xattrs
 from swampfs.names import RelPath, lease_path, model_of, rel_path
 from swampfs.settings import MountSettings
 from swampfs.state.artifacts import Artifact
-from swampfs.state.schema import compact
+from swampfs.state.schema import compact, is_disk_full
 from swampfs.sync.service import SyncService
 
 _MOST_MODELS = 20
@@ -180,7 +180,11 @@ class Mount:
 
         source = Source(where, content, None if shows_all else own)
         try:
-            return await self.artifacts.ask(lambda artifacts: listing(artifacts, path, source))
+            found = await self.artifacts.ask(lambda artifacts: listing(artifacts, path, source))
+            if found is not None and len(found) >= MOST:
+                why = UsageError(f"only {MOST} links are shown of more", remedy="ask `swampfs query`")
+                self.fs.failures.note_at(f"{VIEWS}/{path}", "readdir", errno.EOVERFLOW, why)
+            return found
         except UsageError as error:
             self.fs.failures.note_at(f"{VIEWS}/{path}", "lookup", errno.EINVAL, error)
             raise FileError(errno.EINVAL, error.line()) from None
@@ -291,8 +295,15 @@ class Mount:
             return {"conflicts": [{**one, "path": self.shown(one["path"])} for one in found]}
 
         async def compacted(_: Mapping[str, Any]) -> dict[str, Any]:
-            own = [compact(self.sync.catalog.db, _LARGEST_REWRITTEN), self.sync.journal.compact()]
-            done = [*own, await self.artifacts.compact()]
+            try:
+                own = [compact(self.sync.catalog.db, _LARGEST_REWRITTEN), self.sync.journal.compact()]
+                done = [*own, await self.artifacts.compact()]
+            except Exception as error:
+                if not is_disk_full(error):
+                    raise
+                raise StateError(
+                    "the disk is too full to rewrite a database", remedy="free as much as it has"
+                ) from None
             return {
                 "walPagesTotal": sum(one.wal_pages for one in done),
                 "walPagesCheckpointed": sum(one.checkpointed for one in done),

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _WANTED = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _FLUSH_MS = 2000
-_SEND_S = 2.0
+_SEND_S = 2.0  # a mount that ends waits for it
 _OFF: AbstractContextManager[Any] = nullcontext()
 _tracers: list[Any] = []  # none, or the one of this process
 
@@ -32,7 +32,8 @@ def span(name: str, **attributes: str | int) -> AbstractContextManager[Any]:
 
 def begin(env: Mapping[str, str]) -> Callable[[], None]:
     """Send spans where ``OTEL_EXPORTER_OTLP_ENDPOINT`` says, if it does. Returns what ends it."""
-    if not any(env.get(name) for name in _WANTED) or env.get("OTEL_SDK_DISABLED") == "true":
+    is_off = env.get("OTEL_SDK_DISABLED", "").lower() == "true" or env.get("OTEL_TRACES_EXPORTER", "").lower() == "none"
+    if is_off or not any(env.get(name) for name in _WANTED):
         return _nothing
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -44,7 +45,7 @@ def begin(env: Mapping[str, str]) -> Callable[[], None]:
         return _nothing
     about = {"service.name": env.get("OTEL_SERVICE_NAME") or "swampfs", "service.version": __version__}
     provider = TracerProvider(resource=Resource.create({**about, "process.pid": os.getpid()}), shutdown_on_exit=False)
-    exporter: Any = _Exporter(OTLPSpanExporter(timeout=float(env.get("OTEL_EXPORTER_OTLP_TIMEOUT") or _SEND_S)))
+    exporter: Any = _Exporter(OTLPSpanExporter(timeout=_SEND_S))
     provider.add_span_processor(BatchSpanProcessor(exporter))
     _tracers[:] = [provider.get_tracer("swampfs", __version__)]
 

@@ -60,6 +60,8 @@ _FUNCTIONS = {
     "getDate", "getDayOfMonth", "getDayOfWeek", "getDayOfYear", "getFullYear", "getHours", "getMilliseconds",
     "getMinutes", "getMonth", "getSeconds",
 }  # fmt: skip
+_VALUES = _TYPES - {"bool"} | {"size", "filter"} | {name for name in _FUNCTIONS if name.startswith("get")}
+_NO_TRUTHS = {"+", "-", "*", "/", "%", "list", "map"}
 _LONGEST = 4096
 _MOST = 1 << 63
 
@@ -114,6 +116,10 @@ class Predicate(Expression):
 
     def __init__(self, text: str) -> None:
         super().__init__(text.strip() or "true")
+        if _is_no_condition(self.term):
+            raise UsageError(
+                f"the predicate {text!r} is neither true nor false", remedy="""compare it, as in name == "vpc-main\""""
+            )
         self.latest_only = not self.names & {"version", "isLatest"}
         parts = self.term.parts if self.term.kind == "&&" else [self.term]
         known = [(part, sql) for part in parts if (sql := _sql(part)) is not None]
@@ -138,6 +144,16 @@ class Predicate(Expression):
             return self.value(record) is True
         except ValueError:
             return False
+
+
+def _is_no_condition(term: Term) -> bool:
+    """Whether its value, or that of a part that has to be one, is surely neither true nor false."""
+    if term.kind in ("&&", "||", "!"):
+        return any(map(_is_no_condition, term.parts))
+    if term.kind == "name":
+        return term.value in TEXTS or term.value in NUMBERS or term.value == "tags"
+    is_value = term.kind == "call" and term.value in _VALUES
+    return is_value or term.kind in _NO_TRUTHS or (term.kind == "literal" and type(term.value) is not bool)
 
 
 def _all(parts: list[Sql], sign: str) -> Sql:

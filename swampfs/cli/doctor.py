@@ -18,6 +18,7 @@ from swampfs.datastore.repository import OpenDatastore, open_for_command
 from swampfs.errors import AccessDeniedError, DatastoreTypeError, SettingsError, SwampfsError
 from swampfs.records import IndexMode
 from swampfs.sync.examine import IndexReport
+from swampfs.threads import Lane, Threads
 
 _SHOWN = 5
 _HONOURED = "conditional writes are honoured"
@@ -64,7 +65,8 @@ def doctor(source: str | None, repair: bool, bundle: Path | None, namespace: str
 
 async def _examine(datastore: OpenDatastore, repair: bool) -> dict[str, Any]:
     repairs = environment.repair() if repair else []
-    findings = [*environment.examine(), *_extensions(datastore)]
+    here = await Threads().read(Lane.DISK, environment.examine)
+    findings = [*here, *_extensions(datastore)]
     health = await datastore.provider.create_verifier().verify()
     findings.append(environment.finding("health", health.message, passed=health.healthy))
     contamination = None

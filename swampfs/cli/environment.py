@@ -33,10 +33,13 @@ def examine() -> list[dict[str, Any]]:
 
 
 def repair() -> list[str]:
-    """Clear mounts whose process is gone; returns what was done. Raises MountError."""
+    """Clear mounts whose process is gone; returns what was done."""
     cleared = []
     for mountpoint in _dead():
-        mountpoints.clear_stale(mountpoint)
+        try:
+            mountpoints.clear_stale(mountpoint)
+        except MountError:
+            continue  # it is found again, and told
         cleared.append(f"cleared the mount a dead process left at {mountpoint}")
     registry.forget_dead(os.environ)
     return cleared
@@ -98,14 +101,13 @@ def _left_behind(mountpoint: str) -> dict[str, Any]:
 
 def _states() -> list[dict[str, Any]]:
     """State directories, of mounts and left by mounts: one line each for those with something to say."""
-    known = registry.registrations(os.environ)
-    mounted = {mount.state_dir for mount in known if registry.is_running(mount)}
     usual = user_data_dir(os.environ) / "swampfs"
-    homes = {str(path.parent.parent) for path in usual.glob("*/state/journal.db")} | {one.state_dir for one in known}
+    homes = {str(path.parent.parent) for path in usual.glob("*/state/journal.db")}
+    homes |= {mount.state_dir for mount in registry.registrations(os.environ)}
     found = []
-    for home in sorted(homes):
+    for home in sorted({os.path.realpath(home) for home in homes}):
         try:
-            found += _of_state(home, examine_state(home, is_mounted=home in mounted))
+            found += _of_state(home, examine_state(home))
         except OSError as error:
             found.append(finding("state", f"{home} cannot be read: {error.strerror}", passed=False))
     if homes and not found:
@@ -116,6 +118,7 @@ def _states() -> list[dict[str, Any]]:
 
 def _of_state(home: str, report: StateReport) -> list[dict[str, Any]]:
     said = [f"{name} is damaged: the next mount sets it aside and goes on from the files" for name in report.damaged]
+    said += [f"{what} — it cannot be examined" for what in report.unreadable]
     if report.pending:
         said.append(f"{report.pending} change(s) are not pushed, and nothing mounts it: mount it again")
     if report.lost:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import click
@@ -80,7 +80,11 @@ async def watched(what: str, call: Callable[..., Awaitable[T]], args: tuple[Any,
 
 async def _draw(what: str, seen: tally.Tally, as_json: bool) -> None:
     await trio.sleep(_QUIET_S)
-    with _shown(lambda: Done(seen.done, seen.total, seen.what), what, as_json=as_json) as draw:
+
+    def look() -> Done:
+        return Done(seen.piece.done, seen.piece.total, seen.piece.what)
+
+    with _shown(look, what, as_json=as_json) as draw:
         while True:
             draw()
             await trio.sleep(_DRAW_S)
@@ -88,13 +92,37 @@ async def _draw(what: str, seen: tally.Tally, as_json: bool) -> None:
 
 @contextmanager
 def _shown(look: Look, what: str, *, as_json: bool) -> Iterator[Callable[[], None]]:
+    with ExitStack() as at_end:
+        draw: Callable[[], None] = _nothing
+        if sys.stderr is not None:  # it is closed
+            with suppress(OSError, ValueError):
+                draw = _drawing(look, what, as_json, at_end)
+        yield _Safely(draw)
+
+
+def _drawing(look: Look, what: str, as_json: bool, at_end: ExitStack) -> Callable[[], None]:
     if as_json:
-        yield _Lines(look, _JSON_S, lambda seen: json.dumps({"what": what, **seen._asdict()}))
-    elif sys.stderr.isatty():
-        with _bar(look, what) as draw:
-            yield draw
-    else:
-        yield _Lines(look, _LINE_S, lambda seen: f"{seen.done} of {seen.total} {seen.unit}")
+        return _Lines(look, _JSON_S, lambda seen: json.dumps({"what": what, **seen._asdict()}))
+    if sys.stderr.isatty():
+        return _bar(look, what, at_end)
+    return _Lines(look, _LINE_S, lambda seen: f"{seen.done} of {seen.total} {seen.unit}")
+
+
+def _nothing() -> None:
+    return
+
+
+class _Safely:
+    """Nothing is stopped because it cannot be shown: to a reader who is gone, or on a disk that is full."""
+
+    def __init__(self, draw: Callable[[], None]) -> None:
+        self._draw = draw
+
+    def __call__(self) -> None:
+        try:
+            self._draw()
+        except (OSError, ValueError):
+            self._draw = _nothing
 
 
 class _Measure:
@@ -114,22 +142,23 @@ class _Measure:
         return Done(self._most - answer["pending"], self._most, "changes")
 
 
-@contextmanager
-def _bar(look: Look, what: str) -> Iterator[Callable[[], None]]:
+def _bar(look: Look, what: str, at_end: ExitStack) -> Callable[[], None]:
     from rich.console import Console  # not worth its import for what takes a moment
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
 
     counts = (DownloadColumn(), TransferSpeedColumn()) if what == "hydrate" else (MofNCompleteColumn(),)
     columns = (TextColumn("{task.description}"), BarColumn(), *counts)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=None)
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    bars.start()
+    at_end.callback(_Safely(bars.stop))
+    task = bars.add_task(what, total=None)
 
-        def draw() -> None:
-            seen = look()
-            if seen is not None and seen.total:
-                bars.update(task, completed=seen.done, total=seen.total)
+    def draw() -> None:
+        seen = look()
+        if seen is not None and seen.total:
+            bars.update(task, completed=seen.done, total=seen.total)
 
-        yield draw
+    return draw
 
 
 class _Lines:

@@ -12,10 +12,11 @@ from typing import Any
 from weakref import WeakSet
 
 import trio
+from trio.lowlevel import ParkingLot
 
 from swampfs.records import timestamp
 
-_MOST = 10_000  # lines that wait for one reader
+MOST = 10_000  # lines that wait for one reader
 
 
 class Stream:
@@ -25,15 +26,15 @@ class Stream:
         self._lines: deque[bytes] = deque()
         self._begun = b""  # the rest of a line
         self._lost = 0
-        self._some = trio.Event()
+        self._readers = ParkingLot()
 
     def put(self, line: bytes) -> None:
         """Of a reader who does not keep up the oldest lines are dropped, and their number is told."""
-        if len(self._lines) >= _MOST:
+        if len(self._lines) >= MOST:
             self._lines.popleft()
             self._lost += 1
         self._lines.append(line)
-        self._some.set()
+        self._readers.unpark_all()
 
     def take(self, size: int) -> bytes | None:
         """At most ``size`` bytes, whole lines if one fits; ``None``: there is nothing yet."""
@@ -51,8 +52,7 @@ class Stream:
     async def receive(self, size: int) -> bytes:
         """As :meth:`take`, when there is something."""
         while (found := self.take(size)) is None:
-            self._some = trio.Event()
-            await self._some.wait()
+            await self._readers.park()
         return found
 
 

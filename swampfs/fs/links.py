@@ -19,7 +19,7 @@ from swampfs.state.artifacts import Artifact, Artifacts
 
 TOPS = ("by-model", "by-tag", "by-workflow", "latest", "query", "recent")
 _RECENT = 100
-_MOST = 10_000  # links in one directory
+MOST = 10_000  # links in one directory
 _LONGEST = 255  # bytes of a name
 
 Listing = dict[str, str | None]
@@ -119,7 +119,7 @@ def _links(
             numbers[name] += 1
             unique = f"{name}~{numbers[name] + 1}"
         links[unique] = f"{directory}/{inside}" if inside else directory
-        if len(links) >= _MOST:
+        if len(links) >= MOST:
             break
     return links or None
 

@@ -84,7 +84,8 @@ class Views:
 
     def children(self, ino: int) -> list[tuple[str, Attributes]]:
         """By their inodes, ascending."""
-        files = [(name, VIEW_BASE + 1 + at) for at, name in enumerate(self._names)] if ino == VIEW_BASE else []
+        names = self._names if ino == VIEW_BASE else []  # who greps all of it shall not wait for what will happen
+        files = [(name, VIEW_BASE + 1 + at) for at, name in enumerate(names) if name != _EVENTS]
         inside = sorted(self._inside(ino).items(), key=itemgetter(1))
         return [(name, self.attributes(number)) for name, number in (*files, *inside)]
 

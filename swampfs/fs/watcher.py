@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
 
-from swampfs.fs.events import Events
+from swampfs.fs.events import MOST, Events
 from swampfs.fs.failures import Failure
 from swampfs.names import join
 from swampfs.records import PushReport, TreeChange
 from swampfs.state.catalog import Catalog
 
 _LOOK_S = 0.5
+_SLICE = 50  # changes, between which others have their turn
 
 
 class Watcher:
@@ -30,19 +32,39 @@ class Watcher:
         self._catalog = catalog
         self._now = now
         self._shown = shown
+        self._changes: deque[TreeChange] = deque(maxlen=MOST)
+        self._unseen = 0  # changes that were pushed out of it
+        self._some = trio.Event()
 
     def changed(self, changes: list[TreeChange]) -> None:
-        """Another machine did something."""
-        if not self._events.is_heard:
+        """Another machine did something. It is told a little later: there may be a lot of it."""
+        if self._events.is_heard:
+            named = [change for change in changes if change.name]
+            self._unseen += max(0, len(self._changes) + len(named) - MOST)
+            self._changes.extend(named)
+            self._some.set()
+
+    async def _tell_changes(self) -> None:
+        while True:
+            await self._some.wait()
+            self._some = trio.Event()
+            while self._changes:
+                if self._unseen:
+                    self._events.tell("lost", lines=self._unseen)
+                    self._unseen = 0
+                for _ in range(min(_SLICE, len(self._changes))):
+                    self._tell_change(self._changes.popleft())
+                await trio.lowlevel.checkpoint()
+
+    def _tell_change(self, change: TreeChange) -> None:
+        """As it is by now."""
+        parent = self._catalog.node(change.parent)
+        if parent is None:
             return
-        for change in changes:
-            parent = self._catalog.node(change.parent) if change.name else None
-            if parent is None:
-                continue
-            found = self._catalog.child(parent.ino, change.name)
-            facts = {"kind": found.kind.name.lower(), "size": found.size} if found is not None else {}
-            path = self._shown(join(parent.path, change.name))
-            self._events.tell("removed" if found is None else "changed", path=path, **facts)
+        found = self._catalog.child(parent.ino, change.name)
+        facts = {"kind": found.kind.name.lower(), "size": found.size} if found is not None else {}
+        path = self._shown(join(parent.path, change.name))
+        self._events.tell("removed" if found is None else "changed", path=path, **facts)
 
     def pushed(self, report: PushReport) -> None:
         if report.pushed or report.deleted:
@@ -55,6 +77,12 @@ class Watcher:
         self._events.tell("failed", **{**failure.as_json(), "path": self._shown(failure.path)})
 
     async def run(self) -> None:
+        """For ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_changes)
+            nursery.start_soon(self._look)
+
+    async def _look(self) -> None:
         """What is not told by who does it is seen by looking, while somebody listens."""
         while True:
             await self._events.until_heard()

@@ -341,6 +341,9 @@ class FastLane:
         handle = self._fs.files.handles.by_number.get(number)
         if handle is not None and handle.backing:
             reply[start:] = self._opened(number, handle.ino)
+        elif handle is not None and handle.stream is not None:
+            # No place in it, so that of two who share a descriptor the one that is not first can be killed, too.
+            reply[start:] = kernel.OPEN_OUT.pack(number, kernel.FOPEN_DIRECT_IO | kernel.FOPEN_STREAM, 0)
 
     # --- looking ------------------------------------------------------------------------------------------
 
@@ -429,6 +432,8 @@ class FastLane:
             return found
         stream = self._fs.files.handles[number].stream
         if stream is not None:
+            if kernel.READ_FLAGS.unpack_from(body)[0] & os.O_NONBLOCK:
+                raise BlockingIOError(errno.EAGAIN, "nothing happened yet")
             return self._wait_for(request.unique, lambda: stream.receive(size), for_ever=True)
         return self._wait_for(request.unique, lambda: self._operations.read(FileHandleT(number), offset, size))
 

@@ -24,6 +24,7 @@ OPEN_OUT = struct.Struct("=QIi")  # handle, FOPEN_*, backing id
 RELEASE_IN = struct.Struct("=Q")
 WRITE_IN = struct.Struct("=QQIIQII")  # handle, offset, size, flags, lock owner, open flags, -; the bytes follow
 RANGE = struct.Struct("=QQI")  # what it, and a request to read, begins with
+READ_FLAGS = struct.Struct("=32xI")  # of open(2), in a request to read
 WRITE_OUT = struct.Struct("=II")
 MKDIR_IN = struct.Struct("=II")  # mode, umask; the name follows
 CREATE_IN = struct.Struct("=IIII")  # flags, mode, umask, open flags; the name follows
@@ -51,6 +52,7 @@ NOTIFY_INVALIDATE_NAME = 3
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
+FOPEN_STREAM = 1 << 4
 FOPEN_PASSTHROUGH = 1 << 7
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import suppress
 from typing import NamedTuple
 
+import trio
+
+from swampfs.errors import StoreError
 from swampfs.names import Keyspace
 from swampfs.provider import ABSENT
 from swampfs.records import instant_ns
 from swampfs.sync.remote import Remote
 
+_CLEAN_UP_S = 10.0
 _RESOLUTION_S = 1.0  # of the times stores tell, cut off
 
 
@@ -32,12 +37,13 @@ async def measure(remote: Remote, keys: Keyspace) -> Skew | None:
     """
     key = keys.data(f"_control/swampfs/clock-{uuid.uuid4()}")
     before = time.time()
-    await remote.put(key, b"swampfs clock probe\n", ABSENT)
-    after = time.time()
     try:
+        await remote.put(key, b"swampfs clock probe\n", ABSENT)
+        after = time.time()
         info = await remote.head(key)
     finally:
-        await remote.delete(key)
+        with trio.CancelScope(shield=True), trio.move_on_after(_CLEAN_UP_S), suppress(StoreError):
+            await remote.delete(key)
     told = instant_ns(info.last_modified)
     if told is None:
         return None

@@ -19,7 +19,7 @@ async def for_each(
 
     ``what`` they are, for whoever watches (:mod:`swampfs.sync.tally`); ``""``: not worth it.
     """
-    progress = tally.begin(what, len(items)) if what else tally.Tally()
+    progress = tally.begin(what, len(items))
     limiter = trio.CapacityLimiter(at_once)
     errors: list[Exception] = []
 

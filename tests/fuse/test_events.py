@@ -110,6 +110,37 @@ def test_who_waits_for_events_can_be_interrupted_at_once(listening, number):
     machine.umount()
 
 
+def test_two_that_share_a_descriptor_can_both_be_ended(listening):
+    machine, _ = listening("a")
+    with open(machine.path / ".swampfs/events", "rb") as file:
+        readers = [subprocess.Popen(["cat"], stdin=file, stdout=subprocess.PIPE) for _ in range(2)]
+    time.sleep(0.2)  # both wait within `read` by now
+    readers[1].kill()
+    assert readers[1].wait(5) == -signal.SIGKILL
+    (machine.path / "files/new").write_bytes(b"new")
+    assert json.loads(readers[0].stdout.readline())["event"] in ("lock", "pushed")
+    readers[0].kill()
+    for reader in readers:
+        reader.wait(5)
+        reader.stdout.close()
+
+
+def test_who_does_not_want_to_wait_is_told_so(listening):
+    machine, heard = listening("a")
+    descriptor = os.open(machine.path / ".swampfs/events", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        os.read(descriptor, 100)
+    (machine.path / "files/new").write_bytes(b"new")
+    heard.until("pushed")
+    assert b'"event"' in os.read(descriptor, 1 << 16)
+    os.close(descriptor)
+
+
+def test_grep_meets_no_events(listening):
+    machine, _ = listening("a")
+    subprocess.run(["grep", "-rs", "no such word", "."], cwd=machine.path / ".swampfs", timeout=20)
+
+
 def test_events_are_read_byte_by_byte_as_well(listening):
     machine, heard = listening("a")
     shell = subprocess.Popen(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.test_query import SHORT, sampled, version, write
+from tests.fuse.test_query import ID, SHORT, sampled, version, write
 from tests.harness import wait_for
 
 TOPS = {"by-model", "by-tag", "by-workflow", "latest", "query", "recent"}
@@ -128,3 +128,18 @@ def test_names_that_are_not_there_are_not(machine):
         "query/true/x",
     ):
         assert not (views / name).exists()
+
+
+def test_where_there_are_more_links_than_a_directory_shows_is_told(fleet, tmp_path):
+    (_, metadata), (_, raw), _ = version(1, "NAME", 1, b"{}")
+    for number in range(10_001):
+        directory = tmp_path / f"store/data/acme/probe/{ID}1/n-{number:05}/1"
+        directory.mkdir(parents=True)
+        (directory / "metadata.yaml").write_bytes(metadata.replace(b"NAME", b"n-%05d" % number))
+        (directory / "raw").write_bytes(raw)
+        (directory.parent / "latest").write_bytes(b"1")
+    machine = fleet.machine("a", options=("--refresh", "1h"))
+    machine.mount(f"file://{tmp_path}/store")
+    views = machine.path / ".swampfs"
+    assert len(os.listdir(views / "by-model/probe-1")) == 10_000
+    assert "only 10000 links are shown of more — ask `swampfs query`" in (views / "errors").read_text()

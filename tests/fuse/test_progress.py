@@ -141,3 +141,11 @@ def test_commands_without_a_mount_show_how_far_they_are(words, what, units, late
     assert {step["what"] for step in steps} == {what}
     assert {step["unit"] for step in steps} == units
     assert all(0 <= step["done"] <= step["total"] for step in steps)
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_work_is_done_though_nobody_can_be_told_how_far_it_is(stderr, late):
+    machine, repo = late(load_shards)
+    command = f"exec {sys.executable} -m swampfs sync --pull --json {repo} {stderr}"
+    done = subprocess.run(["sh", "-c", command], env=machine.environment(), stdout=subprocess.PIPE, timeout=60)
+    assert (done.returncode, json.loads(done.stdout)["filesPulled"]) == (0, 80)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -373,3 +374,29 @@ def test_the_doctor_finds_what_a_mount_left_unpushed_and_what_of_it_is_gone(home
     assert (machine.path / "files/kept").read_text() == "kept"
     machine.umount()
     assert bucket.get("files/kept") == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("journal.db", "journal.db is damaged"),
+        ("catalog.db", "catalog.db is damaged"),
+        ("artifacts.db", "it cannot be examined"),
+    ],
+)
+def test_an_odd_state_directory_is_a_finding_and_no_failure_of_the_doctor(home, repo, run, name, says):
+    """Empty databases are sound to SQLite; a directory where a file should be, to nobody."""
+    state = home / "swamp/swampfs/odd-1/state"
+    state.mkdir(parents=True)
+    (state / "journal.db").touch()
+    with sqlite3.connect(state / "journal.db") as db:
+        if name != "journal.db":
+            db.execute("CREATE TABLE dirty (path, op)")
+            db.execute("INSERT INTO dirty VALUES ('x', 'write')")
+    db.close()
+    (state / name).mkdir() if name == "artifacts.db" else (state / name).touch()
+    before = sorted(state.iterdir())
+    code, out, err = run("doctor", cwd=repo)
+    assert (code, err) == (1, "")
+    assert says in out
+    assert sorted(state.iterdir()) == before, "nothing is made there"

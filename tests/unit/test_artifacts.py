@@ -243,6 +243,20 @@ def test_what_an_expression_refers_to_is_known_without_what_its_macros_bind():
         ("'" + "x" * 5000 + "'", "5002 characters"),
         ("(" * 500 + "true" + ")" * 500, "no CEL expression"),
         ('"\\U00110000" == name', "no CEL expression"),
+        *(
+            (text, "neither true nor false")
+            for text in (
+                "name",
+                "'net-eu'",
+                "version > 1 && size",
+                "!(size + 1)",
+                "tags",
+                "size(name)",
+                "[true]",
+                "string(isLatest)",
+                "null",
+            )
+        ),
         ("a" + ".a" * 2000, "no CEL expression|unknown field"),
     ],
 )
