@@ -136,6 +136,7 @@ class Predicate(Expression):
             parts[at] = self._leads[at]
         if self.latest_only:
             parts.append(("is_latest = 1" if at is None else "+is_latest = 1", ()))
+        parts.sort(key=lambda part: "json_" in part[0])  # SQLite looks at them in this order: the dear ones last
         return _all(parts, " AND ") if parts else ANY
 
     def holds(self, record: Callable[[str], Any]) -> bool:
@@ -161,7 +162,11 @@ def _all(parts: list[Sql], sign: str) -> Sql:
 
 
 def _leading(term: Term) -> Sql | None:
-    """A condition as an index answers it, if one does."""
+    """A condition as an index answers it, if one does; of several, one each."""
+    if term.kind == "||":
+        parts = [_leading(part) for part in term.parts]
+        found = [part for part in parts if part is not None]
+        return _all(found, " OR ") if len(found) == len(parts) else None
     if term.kind not in ("==", "in", "<", "<=", ">", ">="):
         return None
     is_tag = term.kind == "==" and any(_tag(part) is not None for part in term.parts)
