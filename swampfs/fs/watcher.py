@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -14,8 +16,19 @@ from swampfs.names import join
 from swampfs.records import PushReport, TreeChange
 from swampfs.state.catalog import Catalog
 
+log = logging.getLogger(__name__)
+
 _LOOK_S = 0.5
 _SLICE = 50  # changes, between which others have their turn
+
+
+@contextmanager
+def _harmlessly() -> Iterator[None]:
+    """What cannot be told stops neither the task nor what it is told of."""
+    try:
+        yield
+    except Exception:
+        log.exception("an event could not be told")
 
 
 class Watcher:
@@ -52,8 +65,9 @@ class Watcher:
                 if self._unseen:
                     self._events.tell("lost", lines=self._unseen)
                     self._unseen = 0
-                for _ in range(min(_SLICE, len(self._changes))):
-                    self._tell_change(self._changes.popleft())
+                with _harmlessly():
+                    for _ in range(min(_SLICE, len(self._changes))):
+                        self._tell_change(self._changes.popleft())
                 await trio.lowlevel.checkpoint()
 
     def _tell_change(self, change: TreeChange) -> None:
@@ -67,14 +81,18 @@ class Watcher:
         self._events.tell("removed" if found is None else "changed", path=path, **facts)
 
     def pushed(self, report: PushReport) -> None:
-        if report.pushed or report.deleted:
-            commit = self._catalog.watermark().commit_seq
-            self._events.tell("pushed", files=report.pushed, removed=report.deleted, commitSeq=commit)
-        for path in report.conflicts:
-            self._events.tell("conflict", path=self._shown(path))
+        if not self._events.is_heard:
+            return
+        with _harmlessly():
+            if report.pushed or report.deleted:
+                commit = self._catalog.watermark().commit_seq
+                self._events.tell("pushed", files=report.pushed, removed=report.deleted, commitSeq=commit)
+            for path in report.conflicts:
+                self._events.tell("conflict", path=self._shown(path))
 
     def failed(self, failure: Failure) -> None:
-        self._events.tell("failed", **{**failure.as_json(), "path": self._shown(failure.path)})
+        with _harmlessly():
+            self._events.tell("failed", **{**failure.as_json(), "path": self._shown(failure.path)})
 
     async def run(self) -> None:
         """For ever."""
@@ -89,9 +107,10 @@ class Watcher:
             before = self._now()
             while self._events.is_heard:
                 await trio.sleep(_LOOK_S)
-                now = self._now()
-                self._compare(before, now)
-                before = now
+                with _harmlessly():
+                    now = self._now()
+                    self._compare(before, now)
+                    before = now
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if now["offline"] != before["offline"]:

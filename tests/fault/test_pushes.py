@@ -314,8 +314,11 @@ def test_any_single_lost_answer_ends_in_one_published_version_and_no_conflict(st
                 await a.push()
             faulty._run = lambda operation, key, fn: fn()
             await a.write(RAW, b"three")
-            for _ in range(3):
-                await a.push()
+            for attempt in range(20):
+                with contextlib.suppress(LeaseLostError):  # this machine had no processor for as long as a TTL
+                    await a.push()
+                if attempt >= 2 and len(a.sync.journal) == 0:
+                    break
             assert conflicts(a) == set()
             assert len(a.sync.journal) == 0
             await a.pull()
