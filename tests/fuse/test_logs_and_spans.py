@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -99,9 +98,7 @@ def test_a_mount_without_a_collector_is_a_mount(bucket, fleet, collector):
     machine = fleet.machine("a", {**bucket.env, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
     machine.mount(bucket.url)
     assert (machine.path / "files/one").read_bytes() == b"one"
-    began = time.monotonic()
-    machine.umount()
-    assert time.monotonic() - began < 8
+    machine.umount()  # which is an error if the process is not gone after a while
     assert machine.log().count("spans cannot be sent") == 1
 
 
