@@ -27,6 +27,7 @@ class Listener:
         self.process = subprocess.Popen(["cat", machine.path / ".swampfs/events"], stdout=subprocess.PIPE)
         self._lines = Queue()
         self.heard = []
+        self._asked = []
         threading.Thread(target=self._listen, daemon=True).start()
         wait_for(lambda: machine.status()["openFiles"] > 0, "it listens")
 
@@ -35,11 +36,14 @@ class Listener:
             self._lines.put(json.loads(line))
 
     def until(self, event, **facts):
-        """The next event of a kind, with these facts; what came before it is passed over."""
+        """The first event of a kind, with these facts, that was not asked for yet; they come in any order."""
+        at = 0
         while True:
-            told = self._lines.get(timeout=20)
-            self.heard.append(told)
-            if told["event"] == event and facts.items() <= told.items():
+            while at >= len(self.heard):
+                self.heard.append(self._lines.get(timeout=20))
+            told, at = self.heard[at], at + 1
+            if told["event"] == event and facts.items() <= told.items() and told not in self._asked:
+                self._asked.append(told)
                 return told
 
     def end(self, number=signal.SIGINT):
