@@ -313,6 +313,7 @@ def test_a_bundle_for_who_helps_has_everything_but_secrets(home, repo, run, buck
     assert (code, "cannot be written: File exists" in err) == (2, True), "nothing is overwritten"
 
 
+# The clock of a process is made wrong by that library, and by nothing else.
 @pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed (apt-get install faketime)")
 @pytest.mark.parametrize("clock", ["+70s", "-70s"])
 def test_the_doctor_finds_a_clock_that_is_wrong(repo, run, bucket, monkeypatch, clock):
