@@ -32,8 +32,8 @@ class StateReport(NamedTuple):
 def examine_state(home: str) -> StateReport:
     """Raises OSError where the directory cannot be looked into."""
     state = os.path.join(home, "state")
-    work = _Examination(state)
     is_mounted = _is_mounted(os.path.join(state, "lock"))
+    work = _Examination(state, is_mounted=is_mounted)
     for name in _DATABASES:
         work.ask(name, _check)
     pending: list[tuple[str, str]] = []
@@ -55,8 +55,9 @@ class _DamagedError(Exception):
 class _Examination:
     """Of the databases of one state directory."""
 
-    def __init__(self, state: str) -> None:
+    def __init__(self, state: str, *, is_mounted: bool) -> None:
         self._state = state
+        self._is_mounted = is_mounted
         self.damaged: set[str] = set()
         self.unreadable: dict[str, str] = {}
 
@@ -66,7 +67,7 @@ class _Examination:
         if name in self.damaged or name in self.unreadable or not os.path.lexists(path):
             return None  # it is made when it is needed
         try:
-            with closing(_open(path)) as db:
+            with closing(_open(path, is_still=not self._is_mounted)) as db:
                 return question(db)
         except _DamagedError:
             self.damaged.add(name)
@@ -93,12 +94,12 @@ def _is_mounted(lock: str) -> bool:
     return False
 
 
-def _open(path: str) -> sqlite3.Connection:
-    """Without making the files that a write-ahead log needs where there is none."""
+def _open(path: str, *, is_still: bool) -> sqlite3.Connection:
+    """Of a database that nobody writes to, without making the files that a write-ahead log needs."""
     wal = f"{path}-wal"
     has_log = os.path.exists(wal) and os.path.getsize(wal) > 0
     name = path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
-    how = "mode=ro" if has_log else "mode=ro&immutable=1"
+    how = "mode=ro&immutable=1" if is_still and not has_log else "mode=ro"
     return sqlite3.connect(f"file:{name}?{how}", uri=True, timeout=_WAIT_S)
 
 
