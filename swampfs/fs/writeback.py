@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import trio
 
@@ -23,6 +24,15 @@ log = logging.getLogger(__name__)
 
 Group = str
 
+
+class _Going(NamedTuple):
+    """What of a group goes ahead of its push."""
+
+    due: float  # when it was due, as it was looked over
+    paths: list[RelPath]
+    left: list[RelPath]  # not offered yet
+
+
 _LONGEST_DEBOUNCE = 10  # times the delay: a file appended to for ever is still published
 _FIRST_BACKOFF_S = 1.0
 _LAST_BACKOFF_S = 30.0
@@ -30,6 +40,7 @@ _FLUSH_RETRY_S = 0.2
 _SOON_S = 0.2
 _QUIET_S = 0.25  # without a change, after which a burst looks over, and new files go ahead of the push
 _SURELY_S = 5.0  # before a push, whose paths hardly change any more
+_SAVED_S = 1.0  # of the delay, at most and not more than half of it, when nothing is left to be uploaded
 _AHEAD = 64  # files at once, after which it is seen whether a push is due
 _MOST_AHEAD = 5000  # journaled paths: with more of them pushes have enough to do
 _LOOK_S = 0.5  # how often it is seen whether what is held back may go
@@ -52,7 +63,7 @@ class Writeback:
         self.conflicts = 0
         self.waiting_for: tuple[RelPath, ...] = ()
         self._pushing: set[Group] = set()
-        self._ahead: dict[Group, tuple[float, list[RelPath]]] = {}  # when it was due, and what was not offered yet
+        self._ahead: dict[Group, _Going] = {}
         self._held: set[str] = set()  # journaled paths that wait for the end of what a user does under a lock
         self._even_open: set[str] = set()  # a user gave a lock back, or closed a file: what it holds now counts
 
@@ -223,13 +234,18 @@ class Writeback:
         """Upload new files of groups that have become quiet; seconds until another may have."""
         quiet, quiet_s = self._quiet(time.monotonic())
         for group in quiet:
-            due, left = self._ahead.get(group, (None, []))
+            if group not in self._ahead:
+                continue  # a flush met it meanwhile
+            due, paths, left = self._ahead[group]
             while left and self._due.get(group) == due:
                 if min(self._due.values()) <= time.monotonic():
                     return 0.0
                 batch = [left.pop() for _ in range(min(len(left), _AHEAD))]
                 if not await self._sync.upload_ahead(batch):
                     left.clear()  # the push says what is wrong
+            if self._due.get(group) == due and self._sync.are_ahead(paths):
+                due = max(due - min(_SAVED_S, self._delay_s / 2), time.monotonic())
+                self._due[group], self._ahead[group] = due, _Going(due, [], [])
         return 0.0 if quiet else quiet_s
 
     def _quiet(self, now: float) -> tuple[list[Group], float]:
@@ -240,19 +256,19 @@ class Writeback:
             return quiet, quiet_s
         for group, due in self._due.items():
             at = max(due - self._delay_s + _QUIET_S, due - _SURELY_S)
-            was_due, left = self._ahead.get(group, (None, []))
+            going = self._ahead.get(group)
             if at > now:
                 quiet_s = min(quiet_s, at - now)
-            elif left or was_due != due:
+            elif going is None or going.left or going.due != due:
                 quiet.append(group)
         news: dict[Group, list[RelPath]] = {
-            group: [] for group in quiet if group not in self._ahead or self._ahead[group][0] != self._due[group]
+            group: [] for group in quiet if group not in self._ahead or self._ahead[group].due != self._due[group]
         }
         if news:
             for path in self._sync.journal:
                 if is_publishable(path) and (group := lease_path(path)) in news:
                     news[group].append(RelPath(path))
-            self._ahead.update((group, (self._due[group], paths)) for group, paths in news.items())
+            self._ahead.update((group, _Going(self._due[group], paths, paths.copy())) for group, paths in news.items())
         return quiet, quiet_s
 
     def _let_go(self) -> None:

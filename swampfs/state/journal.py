@@ -79,6 +79,10 @@ class Journal:
     def op(self, path: str) -> Op | None:
         return self._ops.get(path)
 
+    def generation(self, path: str) -> int | None:
+        """Of its newest record."""
+        return self._generations.get(path)
+
     def is_announced(self, path: str) -> bool:
         """Whether a write to this path needs no further mark."""
         return self._ops.get(path) is Op.WRITE and path not in self._sealed

@@ -256,6 +256,10 @@ class SyncService:
         """See :meth:`swampfs.sync.uploads.Uploads.go_ahead`."""
         return await self._pusher.uploads.go_ahead(paths)
 
+    def are_ahead(self, paths: Sequence[RelPath]) -> bool:
+        """See :meth:`swampfs.sync.uploads.Uploads.are_ahead`."""
+        return self._pusher.uploads.are_ahead(paths)
+
     def announce(self, changes: list[TreeChange]) -> None:
         """Tell whoever shows them to others."""
         if changes and self.on_changes is not None:

@@ -81,6 +81,14 @@ class Uploads:
         self._journal.unseal(failed)
         return not failed
 
+    def are_ahead(self, paths: Sequence[RelPath]) -> bool:
+        """Whether a push of these has nothing to upload but markers, as far as can be told in advance."""
+        return all(is_latest_marker(path) or self._is_newest(path) for path in paths)
+
+    def _is_newest(self, path: RelPath) -> bool:
+        ahead = self._ahead.get(path)
+        return ahead is not None and ahead.generation == self._journal.generation(path)
+
     def _is_valid(self, ahead: _Ahead, record: DirtyPath) -> bool:
         """Whether nobody touched it since: no user of ours, and, for the lock never left us, nobody else."""
         if ahead.generation != record.generation or not self._journal.is_newest(record):

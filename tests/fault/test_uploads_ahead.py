@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from swampfs.errors import StoreUnreachableError
 from swampfs.fs.writeback import Writeback
@@ -271,7 +273,7 @@ class Sync:
     """What the writeback task asks of one; remembers what was offered."""
 
     def __init__(self, groups, files):
-        self.looks, self.offered, self.during = 0, [], lambda: True
+        self.looks, self.offered, self.during, self.are_ahead = 0, [], lambda: True, lambda paths: False
         names = [f"data/t/{UUID[:-4]}{group:04}/o/1/{file}" for group in range(groups) for file in range(files)]
         self.journal = Journal(self, names)
 
@@ -332,6 +334,20 @@ def test_what_goes_ahead_makes_way_for_a_push_that_is_due():
     sync.during = take_long
     trio.run(quiet, sync, 0.6)
     assert 0 < len(sync.offered) < 4000
+
+
+@pytest.mark.parametrize("is_all", [True, False])
+def test_a_push_that_has_nothing_to_upload_does_not_wait_for_all_of_its_delay(is_all, monkeypatch):
+    monkeypatch.setattr("swampfs.fs.writeback.time", SimpleNamespace(monotonic=trio.current_time))
+    sync = Sync(groups=1, files=200)
+    sync.are_ahead = lambda paths: sorted(paths) == sorted(sync.journal) and is_all
+
+    async def main():
+        began = trio.current_time()
+        await quiet(sync, 8.0)
+        return trio.current_time() - began
+
+    assert trio.run(main, clock=MockClock(autojump_threshold=0)) == pytest.approx(7.0 if is_all else 8.0, abs=0.1)
 
 
 def test_what_fails_ahead_is_not_tried_until_the_push():
