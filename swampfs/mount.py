@@ -42,8 +42,8 @@ from swampfs.fs.writeback import Writeback
 from swampfs.fs.xattrs import Xattrs
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
-from swampfs.fuse.fastlane import FastLane, is_possible
-from swampfs.fuse.federation import OWN, Federation
+from swampfs.fuse.attach import attach
+from swampfs.fuse.federation import OWN
 from swampfs.fuse.operations import PLAIN, Numbers, Operations
 from swampfs.names import RelPath, lease_path
 from swampfs.records import TreeChange
@@ -298,11 +298,13 @@ def _compose(
     _join_leases(sync.leases, fs, writeback, settings)
     locks.publish = lambda lock: _publish(fs, writeback, lock, settings.timeout_s * _LOCK_SHARE)
     operations = _operations(settings, fs, writeback, numbers)
-    lane = _attach(settings, fs, operations, foreign, at_end)
+    lane = attach(settings, fs, operations, foreign, at_end)
     if lane is not None:
         nursery.start_soon(lane.run)
         invalidator.forget_inode, invalidator.forget_name = lane.forget_inode, lane.forget_name
         invalidator.forget_listing = lane.forget_listing
+    if fs.files.handles.written_back:
+        invalidator.name_of = fs.tree.name_of_file
     invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
     mount = _joined(settings, datastore, fs, writeback, foreign)
@@ -313,30 +315,6 @@ def _compose(
     fs.views = mount.views(owner)
     _begin(mount, nursery)
     return mount
-
-
-def _attach(
-    settings: MountSettings,
-    fs: FileSystem,
-    operations: Operations,
-    foreign: ForeignNamespaces | None,
-    at_end: ExitStack,
-) -> FastLane | None:
-    """To the kernel; with the fast lane in front of pyfuse3 if it is wanted and this machine can do that."""
-    if foreign is not None:
-        fs.views_parent = 0
-        name = settings.source.namespace
-        federation = Federation(name, operations, foreign, owner=fs.owner, names_s=settings.refresh_s)
-        session.mount(federation, settings)
-        at_end.callback(session.detach)
-        return None
-    descriptor = session.mount(operations, settings)
-    at_end.callback(session.detach)  # after the nursery: its tasks use the session
-    if not settings.fast_lane or descriptor < 0 or not is_possible():
-        return None
-    lane = FastLane(fs, operations, descriptor, passthrough=settings.passthrough)
-    at_end.callback(lane.close)  # before the session ends: its device must not stay open
-    return lane
 
 
 def _joined(
@@ -409,6 +387,7 @@ def _operations(settings: MountSettings, fs: FileSystem, writeback: Writeback, n
     async def publish(paths: Sequence[RelPath]) -> None:
         await writeback.flush(paths, settings.timeout_s * _LOCK_SHARE, even_open=True)
 
+    fs.files.handles.written_back = settings.writeback_cache and not settings.read_only
     if settings.consistency is Consistency.CLOSE_TO_OPEN:
         fs.close_to_open = CloseToOpen(fs.sync, publish)
     operations = Operations(fs, settings.timeout_s, numbers)

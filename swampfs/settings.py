@@ -134,6 +134,7 @@ class MountSettings:
     prefetch: bool = True
     fast_lane: bool = True
     passthrough: bool = True
+    writeback_cache: bool = False
     kernel_options: frozenset[str] = frozenset()
     metrics_port: int | None = None
     trace_file: str | None = None

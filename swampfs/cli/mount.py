@@ -107,6 +107,9 @@ def octal(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--passthrough", envvar="SWAMPFS_PASSTHROUGH", default="on", show_default=True,
               type=click.Choice(["on", "off"]),
               help="Whether the kernel reads large local files by itself, where it can (Linux 6.9, root).")  # fmt: skip
+@click.option("--writeback-cache", envvar="SWAMPFS_WRITEBACK_CACHE", default="off", show_default=True,
+              type=click.Choice(["on", "off"]),
+              help="Whether the kernel collects what is written to a file until its close or fsync.")  # fmt: skip
 @click.option("--lock-ttl", envvar="SWAMPFS_LOCK_TTL", callback=seconds, default="30s", show_default=True,
               help="How long a lock of this mount outlives it if it dies.")  # fmt: skip
 @click.option("--offline", envvar="SWAMPFS_OFFLINE", type=click.Choice(["queue", "fail"]), default="queue",
@@ -318,6 +321,7 @@ def _settings(flags: Mapping[str, Any], env: Mapping[str, str]) -> MountSettings
         prefetch=flags["prefetch"] == "on",
         fast_lane=flags["fast_lane"] == "on",
         passthrough=flags["passthrough"] == "on",
+        writeback_cache=flags["writeback_cache"] == "on",
         kernel_options=frozenset(flags.get("kernel_options", ())),
         metrics_port=flags["metrics_port"],
         trace_file=str(Path(flags["trace_file"]).absolute()) if flags["trace_file"] else None,

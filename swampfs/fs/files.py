@@ -423,12 +423,10 @@ class Files:
     def attributes(self, node: Node) -> Attributes:
         """Attributes, with size and time from the file itself while it is being written."""
         attributes = of_node(node, self._owner)
-        file = self.handles.files.get(node.ino)
-        if file is not None and file.writers:
-            found = os.fstat(file.writers[0])
-        elif node.ino in self._unnoted and node.residency is Residency.DIRTY:
+        found = self.handles.written(node.ino)
+        if found is None and node.ino in self._unnoted and node.residency is Residency.DIRTY:
             found = os.lstat(self._sync.cache.path(node.path))
-        else:
+        if found is None:
             return attributes
         return attributes._replace(
             size=found.st_size,
@@ -484,7 +482,7 @@ class Files:
             return
         if (node.size, node.mtime_ns, node.blocks) != (found.st_size, found.st_mtime_ns, found.st_blocks):
             self._note_content(ino, found)
-            self._sync.room.came(found.st_size)
+        self._sync.room.came(found.st_size)
         self._changed(node)
 
     def _note_content(self, ino: int, found: os.stat_result) -> None:

@@ -74,6 +74,8 @@ class Handles:
         """Handles of datastore files that may be written through."""
         self.backing: Backing | None = None
         """Set where the kernel may read files of this machine by itself."""
+        self.written_back = False
+        """Whether the kernel collects what is written (decision 0016)."""
         self._next = 1
 
     def __len__(self) -> int:
@@ -88,6 +90,15 @@ class Handles:
         self._next += 1
         self.by_number[number] = Handle(fd, ino, bool(flags & WRITING), pid)
         return number
+
+    def as_opened(self, flags: int) -> int:
+        """What the file of this machine is opened with, for a user's flags.
+
+        What is written back may have to be read before, and brings its own offset.
+        """
+        if not self.written_back or not flags & WRITING:
+            return flags
+        return (flags & ~(os.O_ACCMODE | os.O_APPEND)) | os.O_RDWR
 
     def track(
         self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, linked: bool = False, whole: int = 0
@@ -176,6 +187,11 @@ class Handles:
         """Of an open file, preferably a writable one."""
         found = [handle for handle in self.by_number.values() if handle.ino == ino]
         return max(found, key=lambda handle: handle.writable).fd if found else None
+
+    def written(self, ino: int) -> os.stat_result | None:
+        """What a datastore file that is open for writing holds by now."""
+        file = self.files.get(ino)
+        return os.fstat(file.writers[0]) if file is not None and file.writers else None
 
     def has_writer(self, ino: int) -> bool:
         return any(handle.ino == ino and handle.writable for handle in self.by_number.values())

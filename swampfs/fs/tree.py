@@ -78,6 +78,11 @@ class Tree:
         there = self._catalog.child(change.parent, change.name)
         return there is None or there.ino != change.ino
 
+    def name_of_file(self, ino: int) -> tuple[int, str] | None:
+        """Directory and name; of several names, one."""
+        node = self._catalog.node(ino)
+        return None if node is None or node.is_dir else (node.parent, node.name)
+
     # --- making -------------------------------------------------------------------------------------------
 
     def mkdir(self, parent: Node, name: str, mode: int, owner: tuple[int, int]) -> Node:
@@ -364,7 +369,8 @@ class Tree:
         names = self._files.names_of(node) if shown and node.kind in (Kind.FILE, Kind.SYMLINK) else []
         for name in names:
             self._sync.mark_attributes(name)
-        self._catalog.set_attributes(node.ino, change._replace(mode=mode))
+        written = self._files.handles.written(node.ino) if node.residency is Residency.DIRTY else None
+        self._catalog.set_attributes(node.ino, change._replace(mode=mode), written)
         for name in names:
             if name.path in self._sync.journal:
                 self._on_dirty(name.path)

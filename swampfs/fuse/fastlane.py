@@ -411,7 +411,7 @@ class FastLane:
 
     def _open(self, request: kernel.Request, body: memoryview) -> bytes | None:
         flags, _ = kernel.OPEN_IN.unpack_from(body)
-        number = self._now.open(request.ino, flags, request.pid)
+        number = self._now.open(request.ino, self._fs.files.handles.as_opened(flags), request.pid)
         if number is None:
             return LATER
         return self._opened(number, request.ino)
@@ -454,6 +454,7 @@ class FastLane:
         except UnicodeDecodeError:
             return LATER
         caller = Caller(request.uid, request.gid, request.pid)
+        flags = self._fs.files.handles.as_opened(flags)
         made = self._now.create(request.ino, text, mode & ~umask, flags, caller)
         if made is None:
             return LATER
@@ -472,7 +473,7 @@ class FastLane:
     def _write(self, request: kernel.Request, body: memoryview) -> bytes | None:
         number, offset, size = kernel.RANGE.unpack_from(body)
         done = self._now.write(number, offset, body[_BYTES : _BYTES + size])
-        if done is not None:
+        if done == size or (done and not kernel.WRITE_FLAGS.unpack_from(body)[0] & kernel.WRITE_CACHE):
             return kernel.WRITE_OUT.pack(done, 0)
         data = bytes(body[_BYTES : _BYTES + size])
 

@@ -23,6 +23,7 @@ OPEN_IN = struct.Struct("=II")
 OPEN_OUT = struct.Struct("=QIi")  # handle, FOPEN_*, backing id
 RELEASE_IN = struct.Struct("=Q")
 WRITE_IN = struct.Struct("=QQIIQII")  # handle, offset, size, flags, lock owner, open flags, -; the bytes follow
+WRITE_FLAGS = struct.Struct("=20xI")  # in a request to write
 RANGE = struct.Struct("=QQI")  # what it, and a request to read, begins with
 READ_FLAGS = struct.Struct("=32xI")  # of open(2), in a request to read
 WRITE_OUT = struct.Struct("=II")
@@ -48,6 +49,9 @@ _BLOCK = 4096
 
 NOTIFY_INVALIDATE_INODE = 2
 NOTIFY_INVALIDATE_NAME = 3
+
+WRITE_CACHE = 1 << 0
+"""Of a write: it comes from the kernel's pages. It takes no answer but all of it, or an error."""
 
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1

@@ -22,6 +22,7 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, Req
 from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Caller
 from swampfs.fs.events import idle
+from swampfs.fs.lockfiles import LOCK_BASE
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
 from swampfs.fs.xattrs import PREFIX, Xattrs
@@ -126,11 +127,11 @@ class Operations(pyfuse3.Operations):
     """Adapter from the kernel to one :class:`FileSystem`."""
 
     supports_dot_lookup = True
-    enable_writeback_cache = False
 
     def __init__(self, fs: FileSystem, timeout_s: float, numbers: Numbers = PLAIN) -> None:
         """``numbers`` is for what goes out to the kernel; what comes in is expected to be translated back."""
         super().__init__()
+        self.enable_writeback_cache = fs.files.handles.written_back
         self._numbers = numbers
         self._strict = fs.close_to_open
         self._fs = fs
@@ -263,6 +264,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         mode_after = mode & ~ctx.umask
+        flags = FlagT(self._fs.files.handles.as_opened(flags))
         number, found = await self._fs.create(parent_inode, _text(name), mode_after, flags, _caller(ctx))
         return self._file_info(number, found.ino), self._entry(found)
 
@@ -341,6 +343,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         if self._strict is not None:
             await self._strict.ask()
+        flags = FlagT(self._fs.files.handles.as_opened(flags))
         return self._file_info(await self._fs.open(inode, flags, ctx.pid), inode)
 
     @handler
@@ -400,7 +403,7 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _file_info(self, number: int, ino: int) -> pyfuse3.FileInfo:
-        if ino >= VIEW_BASE:
+        if ino >= (LOCK_BASE if self.enable_writeback_cache else VIEW_BASE):  # what a lock says is for others, at once
             is_stream = self._fs.files.handles[number].stream is not None
             return pyfuse3.FileInfo(fh=self._numbers.base + number, direct_io=True, nonseekable=is_stream)
         # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.

@@ -119,6 +119,9 @@ class Invalidator:
         self.is_in_use: Callable[[int], bool] = lambda directory: False
         self.forget_inode: Callable[[int], None] = _forget_inode
         self.forget_name: Callable[[int, bytes], None] = pyfuse3.invalidate_entry
+        self.name_of: Callable[[int], tuple[int, str] | None] | None = None
+        """Directory and name of a file, where the kernel believes nobody else about a file's time (decision 0016): to
+        show what others set, it has to forget the name."""
         self.forget_listing: Callable[[int], None] | None = None
         """How the kernel is told; they raise OSError. It keeps listings only if it is told of those."""
 
@@ -132,6 +135,9 @@ class Invalidator:
                 self._idle = trio.Event()
             self._wake.set()
         names = [change for change in changes if change.name and self.lives_on(change)]
+        if self.name_of is not None:
+            alone = [change.ino for change in changes if not change.name]
+            names += [TreeChange(*name, ino) for ino in alone if (name := self.name_of(ino)) is not None]
         if names:
             self._names.extend(names)
             self._wake_names.set()

@@ -49,6 +49,11 @@ INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid,
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
+_SET_ATTRIBUTES = f"""
+UPDATE node SET mode = coalesce(?, mode), uid = coalesce(?, uid), gid = coalesce(?, gid),
+    atime_ns = coalesce(?, atime_ns), mtime_ns = coalesce(?, mtime_ns), size = coalesce(?, size),
+    blocks = coalesce(?, blocks), ctime_ns = ? WHERE {_INODE} RETURNING {NODE}
+"""
 _LOCAL = f"kind = {Kind.FILE:d} AND residency <> {Residency.STUB:d}"
 _CLEAN = f"kind = {Kind.FILE:d} AND residency = {Residency.CLEAN:d} AND links = 1"
 _UNUSUAL = f"kind = {Kind.DIRECTORY:d} AND (mode <> {DIRECTORY_MODE} OR uid >= 0 OR gid >= 0)"
@@ -164,8 +169,8 @@ class Catalog:
         return self._nodes(f"{_UNUSUAL} AND path > ? AND path < ? ORDER BY path", (low, high))
 
     def dirty_files(self) -> list[RelPath]:
-        rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,)).fetchall()
-        return [RelPath(row[0]) for row in rows]
+        rows = self.db.execute("SELECT path FROM node WHERE residency = ?", (Residency.DIRTY,))
+        return [RelPath(path) for (path,) in rows]
 
     def local_bytes(self) -> int:
         """Sizes of all files whose content is here, together."""
@@ -343,13 +348,11 @@ class Catalog:
     def set_residency(self, ino: int, residency: Residency) -> None:
         self.db.execute(f"UPDATE node SET residency = ? WHERE {_INODE}", (residency, ino, ino))
 
-    def set_attributes(self, ino: int, change: Change) -> None:
-        rows = self.db.execute(
-            "UPDATE node SET mode = coalesce(?, mode), uid = coalesce(?, uid), gid = coalesce(?, gid),"
-            " mtime_ns = coalesce(?, mtime_ns), atime_ns = coalesce(?, atime_ns), ctime_ns = ?"
-            f" WHERE {_INODE} RETURNING {NODE}",
-            (change.mode, change.uid, change.gid, change.mtime_ns, change.atime_ns, time.time_ns(), ino, ino),
-        ).fetchall()
+    def set_attributes(self, ino: int, change: Change, found: os.stat_result | None = None) -> None:
+        """``found``: also what was written so far, as it is on this machine."""
+        size, blocks, mtime_ns = (found.st_size, found.st_blocks, found.st_mtime_ns) if found else (None, None, None)
+        values = change.mode, change.uid, change.gid, change.atime_ns, mtime_ns or change.mtime_ns, size, blocks
+        rows = self.db.execute(_SET_ATTRIBUTES, (*values, time.time_ns(), ino, ino)).fetchall()
         if len(rows) == 1 and rows[0][0] == rows[0][-1]:  # the inode of one name, its own
             self._known.learn(node_of(rows[0]))
 
@@ -412,12 +415,8 @@ class Catalog:
         )
 
     def set_watermark(self, mark: Watermark) -> None:
-        values = {
-            "mode": mark.mode.value,
-            "commit_seq": str(mark.commit_seq),
-            "meta_etag": mark.meta_etag,
-            "monolith_etag": mark.monolith_etag,
-        }
+        values = {"mode": mark.mode.value, "commit_seq": str(mark.commit_seq)}
+        values |= {"meta_etag": mark.meta_etag, "monolith_etag": mark.monolith_etag}
         self.db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", values.items())
 
     def fact(self, key: str) -> str | None:

@@ -162,6 +162,7 @@ UPDATE node SET links = links - 1 WHERE ino = parent;
 """Schema → what makes a version 2 of a version 1, a version 3 of that, and so on."""
 
 
+_LOG_PAGES = 8000  # 32 MB, after which a commit moves them: that waits for the disk twice, and the loop with it
 _BROKEN = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
@@ -177,6 +178,7 @@ def open_database(path: str, schema: str, version: int, synchronous: str) -> sql
     try:
         db.execute("PRAGMA busy_timeout=5000")
         db.execute("PRAGMA journal_mode=WAL")
+        db.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
         db.execute(f"PRAGMA synchronous={synchronous}")
         found = db.execute("PRAGMA user_version").fetchone()[0]
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]

@@ -417,9 +417,11 @@ WAYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("collects", ["off", "on"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_what_is_written_to_a_new_file_is_what_everybody_sees(mounted, fleet, bucket, way):
-    machine = mounted([("files/old", b"old")], "--refresh", "300ms", "--push-delay", "200ms")
+def test_what_is_written_to_a_new_file_is_what_everybody_sees(mounted, fleet, bucket, way, collects):
+    options = ("--refresh", "300ms", "--push-delay", "200ms", "--writeback-cache", collects)
+    machine = mounted([("files/old", b"old")], *options)
     other = fleet.machine("b", bucket.env)
     other.mount(bucket.url)
     path = machine.path / "files/new"

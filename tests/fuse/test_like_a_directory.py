@@ -187,18 +187,20 @@ def look(found):
 
 
 @pytest.mark.timeout(STEPS / 20 + 120)
-def test_a_mounted_tree_answers_as_a_plain_directory_does(bucket, fleet):
-    for number in range(-(-STEPS // ROUND)):
-        do_a_round(bucket, fleet, number)
+@pytest.mark.parametrize("collects", ["off", "on"])
+def test_a_mounted_tree_answers_as_a_plain_directory_does(bucket, fleet, collects):
+    steps = STEPS if collects == "off" else STEPS // 4
+    for number in range(-(-steps // ROUND)):
+        do_a_round(bucket, fleet, number, min(steps, ROUND), ("--push-delay", "50ms", "--writeback-cache", collects))
 
 
-def do_a_round(bucket, fleet, number):
-    machine = fleet.machine(f"a{number}", bucket.env, options=("--push-delay", "50ms"))
+def do_a_round(bucket, fleet, number, many, options):
+    machine = fleet.machine(f"a{number}", bucket.env, options=options)
     machine.mount(bucket.url)
     numbers = itertools.count()
 
     @settings(
-        max_examples=min(STEPS, ROUND) // LENGTH,
+        max_examples=many // LENGTH,
         deadline=None,
         database=None,
         derandomize=not EXPLORE,
@@ -212,7 +214,7 @@ def do_a_round(bucket, fleet, number):
 
     both()
     left = published(machine.path)
-    assert len(left) > ROUND / LENGTH / 2, "something was made"
+    assert len(left) > many / LENGTH / 2, "something was made"
     machine.umount()
     check_bucket(bucket)
     fresh = fleet.machine(f"b{number}", bucket.env)
