@@ -1,6 +1,7 @@
 """``scripts/suite COMMAND…``: run somebody else's test suite on a mount, then look from a machine that knows nothing.
 
-The command runs in a directory of a mounted S3 datastore (SeaweedFS, started here), which is its TMPDIR, too. When it
+The command runs in a directory of a mounted S3 datastore (SeaweedFS, started here), which is its TMPDIR, too; how it is
+mounted can be said as ever, by ``SWAMPFS_…`` in the environment. When it
 has ended, its tree is unmounted, the bucket is read without our code, a fresh state directory mounts it, and every
 directory, file and link is compared: mode, owner, time in nanoseconds, content. Suites themselves are not part of this
 repository.
@@ -8,6 +9,7 @@ repository.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
@@ -58,7 +60,7 @@ def everything(root: Path) -> dict[str, Seen]:
             if stat.S_ISLNK(seen.st_mode):
                 content = os.readlink(path)
             elif stat.S_ISREG(seen.st_mode) and not is_scratch(path.name):
-                content = (seen.st_size, seen.st_mtime_ns, path.read_bytes())
+                content = (seen.st_size, seen.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
             elif not stat.S_ISDIR(seen.st_mode):
                 continue
             found[str(path.relative_to(root))] = (oct(seen.st_mode), seen.st_uid, seen.st_gid, content)
@@ -70,7 +72,8 @@ def main(command: list[str]) -> int:
         click.echo("usage: scripts/suite COMMAND [ARGUMENT…]", err=True)
         return 1
     with datastore() as (bucket, fleet):
-        here = fleet.machine("here", bucket.env, options=())
+        asked = {key: value for key, value in os.environ.items() if key.startswith("SWAMPFS_")}
+        here = fleet.machine("here", {**bucket.env, **asked}, options=())
         here.mount(bucket.url)
         place = here.path / "files/suite"
         place.mkdir(parents=True)
@@ -85,7 +88,7 @@ def main(command: list[str]) -> int:
         differences = sorted(path for path in left.keys() | seen.keys() if left.get(path) != seen.get(path))
         complaints = fleet.complaints()
     for path in differences:
-        click.echo(f"differs on a fresh machine: {path}")
+        click.echo(f"differs on a fresh machine: {path}: {left.get(path)} became {seen.get(path)}")
     for line in complaints:
         click.echo(f"in the log: {line}")
     click.echo(

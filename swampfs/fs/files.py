@@ -291,7 +291,7 @@ class Files:
         while done < len(data):
             try:
                 room.check()
-                done += os.pwrite(handle.fd, view[done:], offset + done)
+                done += self.handles.write(handle, view[done:], offset + done)
             except OSError as error:
                 if not is_full(error) or not await room.make_room(len(data)):
                     raise
@@ -308,7 +308,7 @@ class Files:
             self._begin_change(handle)
         try:
             self._sync.room.check()
-            return os.pwrite(handle.fd, data, offset)
+            return self.handles.write(handle, data, offset)
         except OSError as error:
             if not is_full(error):
                 raise

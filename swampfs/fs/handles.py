@@ -100,6 +100,15 @@ class Handles:
             return flags
         return (flags & ~(os.O_ACCMODE | os.O_APPEND)) | os.O_RDWR
 
+    def write(self, handle: Handle, data: bytes | memoryview, offset: int) -> int:
+        """Returns how much was written. What the kernel collects was written when it says, not when it brings it."""
+        if not self.written_back:
+            return os.pwrite(handle.fd, data, offset)
+        before = os.fstat(handle.fd)
+        done = os.pwrite(handle.fd, data, offset)
+        os.utime(handle.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return done
+
     def track(
         self, fd: int, ino: int, path: RelPath, *, flags: int, pid: int, linked: bool = False, whole: int = 0
     ) -> int:

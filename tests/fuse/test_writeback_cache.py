@@ -118,6 +118,17 @@ def test_a_time_is_kept_when_the_file_was_written_before_it_was_set(two, bucket,
     assert (here.path / "files/copy").stat().st_mtime_ns == 1_400_000_000_000_000_001
 
 
+def test_the_time_of_a_file_is_when_it_was_written_on_every_machine(two):
+    here, there = two
+    (here.path / "files/many").mkdir()
+    for number in range(200):
+        (here.path / f"files/many/{number}").write_bytes(BODY)
+    here.flush()
+    times = lambda machine: [(machine.path / f"files/many/{n}").stat().st_mtime_ns for n in range(200)]  # noqa: E731
+    wait_for(lambda: len(os.listdir(there.path / "files/many")) == 200, "the other machine has them")
+    assert times(there) == times(here)
+
+
 def test_whoever_wrote_to_a_file_that_others_replaced_is_told_when_it_is_closed(two, bucket):
     here, there = two
     path = here.path / "files/x"
