@@ -8,6 +8,7 @@ from swampfs.fs.vfs import FileSystem
 from swampfs.fuse import session
 from swampfs.fuse.fastlane import FastLane, is_possible
 from swampfs.fuse.federation import Federation, Namespaces
+from swampfs.fuse.mountpoint import read_further_ahead
 from swampfs.fuse.operations import Operations
 from swampfs.settings import MountSettings
 
@@ -33,5 +34,6 @@ def attach(
     if not settings.fast_lane or descriptor < 0 or not is_possible():
         return None
     lane = FastLane(fs, operations, descriptor, passthrough=settings.passthrough)
+    lane.on_begin = lambda: read_further_ahead(str(settings.mountpoint))
     at_end.callback(lane.close)  # before the session ends: its device must not stay open
     return lane

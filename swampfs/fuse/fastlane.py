@@ -101,6 +101,9 @@ class FastLane:
         poller = select.poll()
         poller.register(self._device, select.POLLIN)
         self._poll = poller.poll
+        self.on_begin: Callable[[], None] = lambda: None
+        """Called once, when the kernel and pyfuse3 have agreed on what both can do."""
+        self._has_begun = False
         self._in_vain = 0  # looks for a next request, since one was found
         self._last = 0.0  # answer, on the clock
         self.answered: Counter[int] = Counter()
@@ -322,6 +325,9 @@ class FastLane:
                     if self._to_edit:
                         self._edit(view[:length])
                     self._reply(view[:length])
+                    if not self._has_begun:
+                        self._has_begun = True
+                        self.on_begin()
 
     def _edit(self, reply: memoryview) -> None:
         """What pyfuse3 does not know of: which files the kernel reads by itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -9,6 +10,7 @@ import subprocess
 from swampfs.errors import MountError
 
 _PROBE_S = 10.0
+_READ_AHEAD_KIB = 512
 
 
 def is_stale(mountpoint: str) -> bool:
@@ -33,6 +35,19 @@ def is_stale(mountpoint: str) -> bool:
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
+
+
+def read_further_ahead(mountpoint: str) -> None:
+    """Have the kernel ask for more of a file that is read in order: half a megabyte instead of an eighth.
+
+    Only root may say so, to a kernel that shows its devices; otherwise it stays as it is.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        path = mountpoint.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+        with open("/proc/self/mountinfo") as mounts:
+            device = next(fields[2] for line in reversed(list(mounts)) if (fields := line.split())[4] == path)
+        with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
+            file.write(str(_READ_AHEAD_KIB))
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:

@@ -129,6 +129,17 @@ def test_the_kernel_reads_nothing_by_itself_if_that_is_not_wanted(mounted):
         assert (machine.path / "files/large").read_bytes() == LARGE
 
 
+def test_a_file_that_is_read_in_order_is_asked_for_in_large_pieces(mounted):
+    body = os.urandom(8 << 20)
+    machine = mounted([("files/x", b"x")], *QUIET, "--passthrough", "off")
+    (machine.path / "files/new").write_bytes(body)
+    asked = Asked(machine)
+    with open(machine.path / "files/new", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read() == body
+    assert asked()["READ"] <= 24, "they were 64 of an eighth of a megabyte"
+
+
 @pytest.mark.parametrize("written", ["appended", "mapped", "renamed over", "truncated"])
 def test_who_reads_a_large_file_and_who_changes_it_see_one_file_and_others_get_it(mounted, fleet, bucket, written):
     machine = mounted([("files/large", LARGE)], "--refresh", "300ms", "--push-delay", "200ms")
