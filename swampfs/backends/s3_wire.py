@@ -349,6 +349,7 @@ class _Connection(io.RawIOBase):
         self.heard_at = time.monotonic()
         """When a byte came, or went, last."""
         self._give_up_at = 0.0
+        self._allowed_s = -1.0  # for one call; to say so again is a system call for each record of TLS
         self._unsent = 0  # bytes, as of the last look
 
     def silent_s(self) -> float:
@@ -361,7 +362,7 @@ class _Connection(io.RawIOBase):
 
     def send(self, data: bytes) -> None:
         """All of it, within the timeout."""
-        self.socket.settimeout(self._timeout_s)
+        self._allow(self._timeout_s)
         self.socket.sendall(data)
         self.heard_at = time.monotonic()
 
@@ -376,11 +377,16 @@ class _Connection(io.RawIOBase):
         left_s = self._give_up_at - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the answer came too slowly")
-        self.socket.settimeout(min(left_s, self._timeout_s))
+        self._allow(min(left_s, self._timeout_s))
         got = self.socket.recv_into(buffer)
         self.heard_at = time.monotonic()
         self._give_up_at += got / _SLOWEST
         return got
+
+    def _allow(self, timeout_s: float) -> None:
+        if timeout_s != self._allowed_s:
+            self.socket.settimeout(timeout_s)
+            self._allowed_s = timeout_s
 
     def close(self) -> None:
         self.socket.close()
