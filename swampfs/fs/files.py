@@ -276,8 +276,10 @@ class Files:
     def read(self, number: int, offset: int, size: int) -> bytes | None:
         """``None``: not all of that is here; see :class:`EarlyReads` and :class:`Stream`."""
         handle = self.handles[number]
-        if handle.coming is not None and not handle.coming.is_here(offset, size):
-            return None
+        if handle.coming is not None:
+            handle.coming.note_reader(offset, size)
+            if not handle.coming.is_here(offset, size):
+                return None
         return os.pread(handle.fd, size, offset) if handle.stream is None else handle.stream.take(size)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:

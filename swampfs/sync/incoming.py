@@ -132,9 +132,10 @@ class Incoming:
 
     async def wait_for(self, offset: int, size: int) -> None:
         """Return when a range may be given out. Raises what keeps it from being so."""
-        for part in _touched(offset, size, len(self._parts)):
-            self._note_reader(part)
-            await self._wait_for(part)
+        touched = _touched(offset, size, len(self._parts))
+        failed = await for_each(touched, self._wait_for, at_once=len(touched) or 1)
+        if failed:
+            raise failed[0]
 
     @property
     def _need(self) -> int:
@@ -145,11 +146,13 @@ class Incoming:
         """Whether somebody reads it from one end to the other."""
         return self._in_order >= _SEQUENTIAL
 
-    def _note_reader(self, part: int) -> None:
-        if part == self._next:
-            self._next, self._in_order = part + 1, self._in_order + 1
-        elif part != self._next - 1:
-            self._next, self._in_order = part + 1, 0
+    def note_reader(self, offset: int, size: int) -> None:
+        """Somebody wants this range. Told in the order of asking, before any wait."""
+        for part in _touched(offset, size, len(self._parts)):
+            if part == self._next:
+                self._next, self._in_order = part + 1, self._in_order + 1
+            elif part != self._next - 1:
+                self._next, self._in_order = part + 1, 0
 
     async def _wait_for(self, part: int) -> None:
         if self._began is not None and not self._remote.store.authenticated:

@@ -137,6 +137,22 @@ def test_who_reads_all_of_it_has_all_of_it_verified_and_kept(tmp_path, authentic
     run(tmp_path, store, main)
 
 
+def test_who_is_read_ahead_for_by_several_requests_is_seen_to_read_in_order(tmp_path):
+    store = filled(Counting(authenticated=True))
+
+    async def main(node):
+        number = await open_it(node)
+        coming = node.fs.files.handles[number].coming
+        async with trio.open_nursery() as nursery:
+            for at in range(0, 12 * PART, 3 * PART):
+                assert node.fs.files.read(number, at, 3 * PART) is None
+                nursery.start_soon(node.fs.files.early.read, number, at, 3 * PART)
+        assert coming.wants_all, "they wait for each other's parts, in no order"
+        node.fs.files.release(number)
+
+    run(tmp_path, store, main)
+
+
 def test_a_part_in_the_middle_does_not_wait_for_what_is_before_it(tmp_path):
     store = filled(Counting())
 
