@@ -46,12 +46,12 @@ class EarlyReads:
         """Wait for a part of a file that is on its way. Raises ESTALE if it is another file in the datastore by now."""
         handle = self._handles[number]
         if handle.coming is not None:
-            if handle.coming.wants_all:
-                self._sync.hydrator.want_all(handle.coming)
             try:
                 await handle.coming.wait_for(offset, size)
             except (AbsentError, PreconditionError):
                 raise stale(handle.ino) from None
+            if handle.coming.wants_all:
+                self._sync.hydrator.want_all(handle.coming)
         return os.pread(handle.fd, size, offset)
 
     async def finish(self, node: Node | None) -> bool:

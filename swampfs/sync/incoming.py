@@ -36,7 +36,7 @@ _AT_ONCE = 8  # such requests
 _SHIFT = 4096  # bytes by which the range of a second request differs
 _COPIES = 4  # that are asked for until two agree
 _PATIENCE_S = 2.0  # for the whole to be here, before parts of it are asked for twice
-_SEQUENTIAL = 2  # parts read in order, after which all are wanted
+_SEQUENTIAL = 2  # requests for further parts in order, after which all are wanted
 _TOLERANCE_NS = 5_000_000_000  # between the clocks of the store and of who wrote the index
 
 _HERE, _SURE = 1, 2
@@ -148,11 +148,13 @@ class Incoming:
 
     def note_reader(self, offset: int, size: int) -> None:
         """Somebody wants this range. Told in the order of asking, before any wait."""
-        for part in _touched(offset, size, len(self._parts)):
-            if part == self._next:
-                self._next, self._in_order = part + 1, self._in_order + 1
-            elif part != self._next - 1:
-                self._next, self._in_order = part + 1, 0
+        touched = _touched(offset, size, len(self._parts))
+        if not touched:
+            return
+        if touched.start not in (self._next - 1, self._next):
+            self._next, self._in_order = touched.stop, 0
+        elif touched.stop > self._next:
+            self._next, self._in_order = touched.stop, self._in_order + 1
 
     async def _wait_for(self, part: int) -> None:
         if self._began is not None and not self._remote.store.authenticated:

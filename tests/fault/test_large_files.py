@@ -149,6 +149,10 @@ def test_who_is_read_ahead_for_by_several_requests_is_seen_to_read_in_order(tmp_
                 nursery.start_soon(node.fs.files.early.read, number, at, 3 * PART)
         assert coming.wants_all, "they wait for each other's parts, in no order"
         node.fs.files.release(number)
+        number = await open_it(node)
+        assert node.fs.files.read(number, 20 * PART, 3 * PART) is None
+        assert not coming.wants_all, "a jump, however much is wanted there"
+        node.fs.files.release(number)
 
     run(tmp_path, store, main)
 
