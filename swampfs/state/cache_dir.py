@@ -98,6 +98,20 @@ class CacheDir:
         finally:
             os.close(reader)
 
+    def small(self, rel: RelPath, most: int) -> tuple[bytes, int] | None:
+        """A file's bytes and its modification time in ns; ``None``: there are more than ``most``, or it is changing.
+
+        Raises FileNotFoundError.
+        """
+        fd = self.open(rel)
+        try:
+            found = os.fstat(fd)
+            body = os.read(fd, found.st_size + 1) if found.st_size <= most else b""
+            is_whole = len(body) == found.st_size and os.fstat(fd).st_mtime_ns == found.st_mtime_ns
+            return (body, found.st_mtime_ns) if is_whole else None
+        finally:
+            os.close(fd)
+
     def remove(self, rel: RelPath) -> None:
         try:
             os.unlink(self.path(rel))

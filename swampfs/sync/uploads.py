@@ -8,6 +8,7 @@ published is removed from the store, too.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ from swampfs.threads import Lane
 log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 32
+_IN_MEMORY = 64 << 10  # bytes of a file whose private copy needs no file
 LARGEST_AHEAD = 1 << 20
 """Bytes of a file that goes ahead: whoever wants to push meanwhile waits for it."""
 
@@ -132,7 +134,11 @@ class Uploads:
         staged = parts.cache.stage()
         source = parts.cache.path(record.path)
 
-        def take() -> tuple[str, int, int, str]:
+        def take() -> tuple[bytes | str, int, int, str]:
+            small = parts.cache.small(record.path, _IN_MEMORY)
+            if small is not None:
+                body, mtime_ns = small
+                return body, mtime_ns, len(body), hashlib.sha256(body).hexdigest()
             try:
                 mtime_ns, content = parts.cache.snapshot(record.path, staged), staged
             except OSError as error:

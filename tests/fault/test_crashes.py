@@ -38,6 +38,7 @@ FILES = {
     "outputs/d/e/y": b"y",
 }
 
+LARGE = b"large" * 20_000  # more than goes without a copy on the disk
 JOURNAL, CATALOG = "swampfs.state.journal:Journal.", "swampfs.state.catalog:Catalog."
 CACHE, SIDECAR = "swampfs.state.cache_dir:CacheDir.", "swampfs.state.sidecar:Sidecar."
 STORE = "swampfs.backends.s3:S3Store."
@@ -67,7 +68,8 @@ POINTS = [
     ("after", CATALOG + "set_residency", ""),
     # What a push does.
     ("after", JOURNAL + "seal", ""),
-    *[(when, CACHE + "snapshot", "files/new") for when in BOTH],
+    *[(when, CACHE + "small", "files/new") for when in BOTH],
+    *[(when, CACHE + "snapshot", "files/large") for when in BOTH],
     ("after", JOURNAL + "note_sent", "files/new"),
     *[(when, STORE + "put", "/files/new") for when in BOTH],
     *[(when, STORE + "put", "/latest") for when in BOTH],
@@ -127,7 +129,7 @@ class Script:
 
     def write(self, path, body):
         before = {key: value for key, value in self.expected.items() if key != path}
-        parts = [{**before, path: body[:size]} for size in range(len(body))]
+        parts = [{**before, path: body[:size]} for size in (range(len(body)) if len(body) < 100 else (0,))]
         self.step(lambda: (self.root / path).write_bytes(body), {**before, path: body}, *parts)
 
     def append(self, path, body):
@@ -155,6 +157,7 @@ class Script:
     def all(self, flush):
         root = self.root
         self.write("files/new", b"new content")
+        self.write("files/large", LARGE)
         self.remove("files/gone")
         self.append("audit/log.jsonl", b"second\n")
         self.rename("files/old", "files/older")
