@@ -275,7 +275,8 @@ def main() -> None:
                     at_hand = [
                         kind(server, endpoint, scratch / "bindfs", site.certificate) for kind in (Native, peers.Bindfs)
                     ]
-                    measurement.systems = [*systems, *at_hand]
+                    collecting = peers.Collecting(server, endpoint, scratch / "collecting", site.certificate)
+                    measurement.systems = [*systems, collecting, *at_hand]
                     for _ in range(arguments.repeat):
                         measurement.near()
                 reports.append(measurement.report)

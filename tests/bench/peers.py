@@ -98,6 +98,15 @@ class Swampfs(Peer):
                 "--state-dir", str(self.home / "kept/state")]  # fmt: skip
 
 
+class Collecting(Swampfs):
+    """The same, the kernel collecting what is written."""
+
+    name = "writeback"
+
+    def command(self) -> list[str]:
+        return [*super().command(), "--writeback-cache", "on"]
+
+
 class Rclone(Peer):
     name = "rclone"
     program = "rclone"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 OURS = "swampfs"
-YARDSTICKS = ("native", "bindfs")  # not peers: no datastore behind them
+YARDSTICKS = ("native", "bindfs", "writeback")  # not peers: no datastore behind them, or ourselves
 _COLOURS = {
     OURS: "#1f6f5c",
+    "writeback": "#5fb49c",
     "rclone": "#b4632d",
     "juicefs": "#8c4a8f",
     "s3fs": "#7a7a7a",
