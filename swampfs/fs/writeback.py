@@ -41,7 +41,7 @@ _SOON_S = 0.2
 _QUIET_S = 0.25  # without a change, after which a burst looks over, and new files go ahead of the push
 _SURELY_S = 5.0  # before a push, whose paths hardly change any more
 _SAVED_S = 1.0  # of the delay, at most and not more than half of it, when nothing is left to be uploaded
-_AHEAD = 64  # files at once, after which it is seen whether a push is due
+_AHEAD = 256  # files at once, after which it is seen whether a push is due
 _MOST_AHEAD = 5000  # journaled paths: with more of them pushes have enough to do
 _LOOK_S = 0.5  # how often it is seen whether what is held back may go
 
