@@ -44,7 +44,7 @@ def read_further_ahead(mountpoint: str) -> None:
     """
     with contextlib.suppress(OSError, StopIteration):
         path = mountpoint.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
-        with open("/proc/self/mountinfo") as mounts:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
             device = next(fields[2] for line in reversed(list(mounts)) if (fields := line.split())[4] == path)
         with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
             file.write(str(_READ_AHEAD_KIB))

@@ -82,7 +82,7 @@ def _is_stacked(directory: str) -> bool:
 def _types() -> Mapping[int, str]:
     """Device number → type of its file system."""
     found = {}
-    with open("/proc/self/mountinfo") as mounts:
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
         for line in mounts:
             head, _, tail = line.partition(" - ")
             major, _, minor = head.split()[2].partition(":")
