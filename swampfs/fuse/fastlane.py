@@ -441,7 +441,7 @@ class FastLane:
             if kernel.READ_FLAGS.unpack_from(body)[0] & os.O_NONBLOCK:
                 raise BlockingIOError(errno.EAGAIN, "nothing happened yet")
             return self._wait_for(request.unique, lambda: stream.receive(size), for_ever=True)
-        return self._wait_for(request.unique, lambda: self._operations.read(FileHandleT(number), offset, size))
+        return self._wait_for(request.unique, lambda: self._operations.read_later(FileHandleT(number), offset, size))
 
     def _release(self, request: kernel.Request, body: memoryview) -> bytes | None:
         self._fs.files.release(*kernel.RELEASE_IN.unpack_from(body))

@@ -41,7 +41,7 @@ _BLOCK = 4096
 DOTS = 2  # positions of a directory before those of its entries
 LONGEST_NAME = 255
 _IDLE_S = 1.0
-_OF_HANDLES = ("read", "write", "flush", "fsync", "release")
+_OF_HANDLES = ("read", "read_later", "write", "flush", "fsync", "release")
 
 
 class Numbers(NamedTuple):
@@ -154,7 +154,7 @@ class Operations(pyfuse3.Operations):
         if operation in _OF_HANDLES:
             handle = self._fs.files.handles.by_number.get(ino)
             ino = 0 if handle is None else handle.ino
-        self._fs.failures.note(operation, ino, name, code, error)
+        self._fs.failures.note(operation.removesuffix("_later"), ino, name, code, error)
 
     @contextmanager
     def using(self, directory: int) -> Iterator[None]:
@@ -350,6 +350,11 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         found = self._fs.files.read(fh, off, size)
         return await self._read_coming(fh, off, size) if found is None else found
+
+    @handler
+    async def read_later(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """What was asked for already and is not here yet: asked for again, it would be out of its order."""
+        return await self._read_coming(fh, off, size)
 
     async def _read_coming(self, fh: FileHandleT, off: int, size: int) -> bytes:
         stream = self._fs.files.handles[fh].stream
