@@ -1,10 +1,9 @@
 """``scripts/suite COMMAND…``: run somebody else's test suite on a mount, then look from a machine that knows nothing.
 
 The command runs in a directory of a mounted S3 datastore (SeaweedFS, started here), which is its TMPDIR, too; how it is
-mounted can be said as ever, by ``SWAMPFS_…`` in the environment. When it
-has ended, its tree is unmounted, the bucket is read without our code, a fresh state directory mounts it, and every
-directory, file and link is compared: mode, owner, time in nanoseconds, content. Suites themselves are not part of this
-repository.
+mounted can be said as ever, by ``SWAMPFS_…`` in the environment. When it has ended, its tree is unmounted, the bucket
+is read without our code, a fresh state directory mounts it, and every directory, file and link is compared: mode,
+owner, time in nanoseconds, content. Suites themselves are not part of this repository.
 """
 
 from __future__ import annotations
