@@ -93,13 +93,15 @@ class Hydrator:
         return flight
 
     async def open_early(self, node: Node) -> Incoming | None:
-        """A large file of which parts can be read before all of it is here; ``None``: it must be waited for.
+        """A large file of which parts can be read before all of it is here; ``None``: the whole is to be waited for.
 
         Raises what the store raises. Whoever gets one gives it back with :meth:`leave`.
         """
         if node.size < LARGE or node.base is None:
             return None
         coming = self._incoming(node.base)
+        if coming.is_complete_soon:
+            return None  # and then the kernel can read it by itself
         coming.readers += 1
         try:
             await coming.begin()
@@ -129,7 +131,7 @@ class Hydrator:
         path = coming.entry.path
         if self._coming.get(path) is coming:
             flight = self._flights.get(path)
-            if flight is not None and not flight.waiting:
+            if flight is not None and not flight.waiting and not coming.is_fetched:
                 coming.stop()
             await trio.sleep(_LINGER_S)
         if not coming.readers and not coming.is_fetching:

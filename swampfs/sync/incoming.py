@@ -37,6 +37,7 @@ _SHIFT = 4096  # bytes by which the range of a second request differs
 _COPIES = 4  # that are asked for until two agree
 _PATIENCE_S = 2.0  # for the whole to be here, before parts of it are asked for twice
 _SEQUENTIAL = 2  # requests for further parts in order, after which all are wanted
+_SOON = 64 << 20  # bytes that are hashed in no time worth mentioning
 _TOLERANCE_NS = 5_000_000_000  # between the clocks of the store and of who wrote the index
 
 _HERE, _SURE = 1, 2
@@ -99,6 +100,16 @@ class Incoming:
     @property
     def is_complete(self) -> bool:
         return self.done.is_set() and self.problem is None
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether all of it is here, be it known to be right or not."""
+        return bool(self._parts) and 0 not in self._parts
+
+    @property
+    def is_complete_soon(self) -> bool:
+        """Whether there is nothing to wait for but a short computation."""
+        return self.is_fetched and self.entry.size - self._hashed <= _SOON
 
     async def begin(self) -> None:
         """Fetch the first part, once.

@@ -137,6 +137,31 @@ def test_who_reads_all_of_it_has_all_of_it_verified_and_kept(tmp_path, authentic
     run(tmp_path, store, main)
 
 
+@pytest.mark.parametrize("linger", [True, False])
+def test_who_opens_it_when_all_of_it_was_read_finds_it_whole(tmp_path, monkeypatch, linger):
+    """The kernel reads a whole file by itself, and keeps its pages."""
+    hashing = threading.Event()
+    hash_range = incoming._hash_range
+    monkeypatch.setattr(incoming, "_hash_range", lambda *args: (hashing.wait(30), hash_range(*args)))
+    store = filled(Counting())
+
+    async def main(node):
+        number = await open_it(node)
+        assert await read_all(node, number) == BODY
+        node.fs.files.release(number)
+        if linger:
+            await trio.testing.wait_all_tasks_blocked()
+        hashing.set()
+        asked = len(store.asked)
+        number = await open_it(node)
+        assert residency(node) is Residency.CLEAN
+        assert node.fs.files.handles[number].coming is None
+        assert len(store.asked) == asked
+        node.fs.files.release(number)
+
+    run(tmp_path, store, main)
+
+
 def test_who_is_read_ahead_for_by_several_requests_is_seen_to_read_in_order(tmp_path):
     answers = threading.Event()
 
