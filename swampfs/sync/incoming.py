@@ -38,6 +38,7 @@ _COPIES = 4  # that are asked for until two agree
 _PATIENCE_S = 2.0  # for the whole to be here, before parts of it are asked for twice
 _SEQUENTIAL = 2  # requests for further parts in order, after which all are wanted
 _SOON = 64 << 20  # bytes that are hashed in no time worth mentioning
+_AT_A_TIME = 16 << 20  # bytes that are hashed
 _TOLERANCE_NS = 5_000_000_000  # between the clocks of the store and of who wrote the index
 
 _HERE, _SURE = 1, 2
@@ -327,7 +328,8 @@ class Incoming:
             return
         self._is_hashing = True
         try:
-            while (end := self._whole_until()) > self._hashed:
+            while (until := self._whole_until()) > self._hashed:
+                end = min(until, self._hashed + _AT_A_TIME)
                 digest, start, self._hashed = self._digest, self._hashed, end
                 await self._remote.threads.write(Lane.DISK, _hash_range, digest, self.fd, start, end)
         except BaseException:
@@ -349,12 +351,13 @@ def _touched(offset: int, size: int, count: int) -> range:
 
 
 def _hash_range(digest: Any, fd: int, start: int, end: int) -> None:
-    while start < end:
-        piece = os.pread(fd, min(end - start, 1 << 20), start)
-        if not piece:
-            return  # cut short by somebody: the hash will not be right
-        digest.update(piece)
-        start += len(piece)
+    with memoryview(bytearray(min(end - start, 1 << 20))) as buffer:
+        while start < end:
+            got = os.preadv(fd, [buffer[: end - start]], start)
+            if not got:
+                return  # cut short by somebody: the hash will not be right
+            digest.update(buffer[:got])
+            start += got
 
 
 def _write_at(fd: int, body: bytes, offset: int) -> None:
