@@ -190,6 +190,8 @@ class ForeignNamespaces:
         operations = Operations(fs, settings.timeout_s, numbers)
         if settings.xattrs:
             operations.xattrs = Xattrs(sync, fs.inodes, _no_error)
+        if settings.writeback_cache and not settings.read_only:
+            invalidator.show_times_of(fs)
         invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
         refresh = Refresh(sync, settings.refresh_s)
         self._nursery.start_soon(invalidator.run)

@@ -43,6 +43,7 @@ from swampfs.fs.xattrs import Xattrs
 from swampfs.fuse import mountpoint as mountpoints
 from swampfs.fuse import session
 from swampfs.fuse.attach import attach
+from swampfs.fuse.collected import bring_collected
 from swampfs.fuse.federation import OWN
 from swampfs.fuse.operations import PLAIN, Numbers, Operations
 from swampfs.names import RelPath, lease_path
@@ -304,11 +305,13 @@ def _compose(
         invalidator.forget_inode, invalidator.forget_name = lane.forget_inode, lane.forget_name
         invalidator.forget_listing = lane.forget_listing
     if fs.files.handles.written_back:
-        invalidator.name_of = fs.tree.name_of_file
+        invalidator.show_times_of(fs)
     invalidator.lives_on, invalidator.is_in_use = fs.tree.lives_on, operations.in_use.__contains__
     nursery.start_soon(invalidator.run)
     mount = _joined(settings, datastore, fs, writeback, foreign)
     mount.upcalls = lane.as_json if lane is not None else None
+    if fs.files.handles.written_back:
+        mount.collect = lambda: bring_collected(settings.mountpoint, map(mount.shown, fs.files.handles.written_to()))
     if settings.xattrs:
         operations.xattrs = mount.about
     at_end.callback(mount.artifacts.close)
@@ -458,6 +461,7 @@ async def _signals(mount: Mount) -> None:
         with stopping:
             try:
                 if not mount.settings.read_only:
+                    await mount.collect()
                     await mount.writeback.flush(None, _UNMOUNT_FLUSH_S)
             except PushPendingError as error:
                 log.info("unmounting with changes pending: %s", error.line())

@@ -64,6 +64,8 @@ class Mount:
     events: Events
     started_at: float = field(default_factory=time.monotonic)
     stop: trio.Event = field(default_factory=trio.Event)
+    collect: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+    """Have the kernel bring what it has collected of files that are open."""
     upcalls: Callable[[], dict[str, Any]] | None = None
     """Set where the kernel's requests are counted: with the fast lane."""
 
@@ -156,6 +158,7 @@ class Mount:
             links=self._links,
             old=partial(target, self.sync.catalog),
             private=self.settings.allow_other,
+            sizes=not self.fs.files.handles.written_back,
         )
 
     async def _links(self, path: str) -> Listing | None:
@@ -280,6 +283,7 @@ class Mount:
             wanted = self._own_paths(message.get("paths"))
             # Read-only, what an earlier mount left in the journal waits for one that may push.
             if wanted != [] and not self.settings.read_only:
+                await self.collect()
                 await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
                 await self.sync.leases.give_back_idle()
             return {"pending": len(self.writeback.pending())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,6 +74,8 @@ class Handles:
         """Handles of datastore files that may be written through."""
         self.backing: Backing | None = None
         """Set where the kernel may read files of this machine by itself."""
+        self.on_closed: Callable[[int], None] = lambda ino: None
+        """Told of a datastore inode that nobody has open any more."""
         self.written_back = False
         """Whether the kernel collects what is written (decision 0016)."""
         self._next = 1
@@ -155,6 +157,7 @@ class Handles:
                 file.backing = 0
         if not file.writers and not file.readers:
             del self.files[handle.ino]
+            self.on_closed(handle.ino)
 
     # --- names --------------------------------------------------------------------------------------------
 
@@ -201,6 +204,10 @@ class Handles:
         """What a datastore file that is open for writing holds by now."""
         file = self.files.get(ino)
         return os.fstat(file.writers[0]) if file is not None and file.writers else None
+
+    def written_to(self) -> list[RelPath]:
+        """Names of datastore files that are open for writing."""
+        return [file.path for file in self.files.values() if file.writers and file.path is not None]
 
     def has_writer(self, ino: int) -> bool:
         return any(handle.ino == ino and handle.writable for handle in self.by_number.values())

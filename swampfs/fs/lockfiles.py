@@ -104,8 +104,10 @@ class LockFiles:
         if found is None or lock.is_stale(found[0], found[2].etag):
             self._foreign.discard(path)
             return None
-        shown = self._show(path)
         holder, body, info = found
+        shown = self._shown.get(path)
+        if shown is None or shown.etag != info.etag:
+            shown = self._show_another(path)  # as of files: other content is another inode
         shown.content = _as_seen_here(lock, holder, body, info.etag)
         shown.etag, shown.caller = info.etag, None
         shown.mtime_ns = timestamp_ns(holder.acquired_at if holder else info.last_modified) or 0
@@ -127,9 +129,12 @@ class LockFiles:
 
     def forget(self, ino: int) -> None:
         shown = self._by_ino.get(ino)
-        if shown is not None and self._leases.taken(shown.path) is None:
+        if shown is None:
+            return
+        if self._shown.get(shown.path) is not shown:
             del self._by_ino[ino]
-            self._shown.pop(shown.path, None)
+        elif self._leases.taken(shown.path) is None:
+            del self._by_ino[ino], self._shown[shown.path]
 
     # --- taking and giving back ---------------------------------------------------------------------------
 
@@ -217,10 +222,12 @@ class LockFiles:
     # --- parts --------------------------------------------------------------------------------------------
 
     def _show(self, path: RelPath) -> _Shown:
-        shown = self._shown.get(path)
-        if shown is None:
-            self._next += 1
-            shown = self._shown[path] = self._by_ino[self._next] = _Shown(path, self._next)
+        return self._shown.get(path) or self._show_another(path)
+
+    def _show_another(self, path: RelPath) -> _Shown:
+        """What the kernel knows under an earlier number stays until it forgets that."""
+        self._next += 1
+        shown = self._shown[path] = self._by_ino[self._next] = _Shown(path, self._next)
         return shown
 
     def _at(self, ino: int) -> _Shown:

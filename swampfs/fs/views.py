@@ -36,6 +36,7 @@ class Views:
 
     ``old``: where a name in a directory of the tree leads that stands for an old version.
     ``private``: they name what directories hide from other users.
+    ``sizes``: whether the kernel believes the next size, too; else they say none, as files of ``/proc``.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Views:
         links: Callable[[str], Awaitable[Mapping[str, str | None] | None]] | None = None,
         old: Callable[[Node, str], str | None] = lambda directory, name: None,
         private: bool = False,
+        sizes: bool = True,
     ) -> None:
         self._owner = owner
         self._others = (0o700 if private else 0o777) & ~owner.umask
         self._events = events
+        self._sizes = sizes
         self._files: dict[str, Callable[[], str]] = {**files, _EVENTS: str}
         self._names = list(self._files)
         self._since_ns = time.time_ns()
@@ -79,7 +82,7 @@ class Views:
         if ino in self._nodes:
             size = len(self.readlink(ino).encode())
             return Attributes(ino, stat.S_IFLNK | 0o777, 1, *self._owner[:2], size, 0, now, now, now)
-        size = len(self._content(ino))
+        size = len(self._content(ino)) if self._sizes else 0
         return Attributes(ino, stat.S_IFREG | 0o444 & self._others, 1, *self._owner[:2], size, 0, now, now, now)
 
     def children(self, ino: int) -> list[tuple[str, Attributes]]:

@@ -41,7 +41,7 @@ _SOON_S = 0.2
 _QUIET_S = 0.25  # without a change, after which a burst looks over, and new files go ahead of the push
 _SURELY_S = 5.0  # before a push, whose paths hardly change any more
 _SAVED_S = 1.0  # of the delay, at most and not more than half of it, when nothing is left to be uploaded
-_AHEAD = 256  # files at once, after which it is seen whether a push is due
+_AHEAD = 256  # files at a time
 _MOST_AHEAD = 5000  # journaled paths: with more of them pushes have enough to do
 _LOOK_S = 0.5  # how often it is seen whether what is held back may go
 
@@ -238,15 +238,19 @@ class Writeback:
                 continue  # a flush met it meanwhile
             due, paths, left = self._ahead[group]
             while left and self._due.get(group) == due:
-                if min(self._due.values()) <= time.monotonic():
+                if self._is_any_due():
                     return 0.0
                 batch = [left.pop() for _ in range(min(len(left), _AHEAD))]
-                if not await self._sync.upload_ahead(batch):
+                if not await self._sync.upload_ahead(batch, until=self._is_any_due):
                     left.clear()  # the push says what is wrong
             if self._due.get(group) == due and self._sync.are_ahead(paths):
                 due = max(due - min(_SAVED_S, self._delay_s / 2), time.monotonic())
                 self._due[group], self._ahead[group] = due, _Going(due, [], [])
         return 0.0 if quiet else quiet_s
+
+    def _is_any_due(self) -> bool:
+        """Whether somebody waits for a push: to go ahead can wait."""
+        return min(self._due.values(), default=float("inf")) <= time.monotonic()
 
     def _quiet(self, now: float) -> tuple[list[Group], float]:
         """Groups of which something may go ahead, and seconds until there may be another."""

@@ -6,11 +6,30 @@ import contextlib
 import errno
 import os
 import subprocess
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from swampfs.errors import MountError
 
 _PROBE_S = 10.0
 _READ_AHEAD_KIB = 512
+
+
+class Mounted(NamedTuple):
+    """A line of ``/proc/self/mountinfo``. In its path the kernel has escaped what separates fields and lines."""
+
+    device: str
+    path: str
+    kind: str
+
+
+def mounts() -> Iterator[Mounted]:
+    """All that this process sees, the latest last. Others may have mounted anything, at names of any bytes."""
+    with open("/proc/self/mountinfo", errors="surrogateescape", newline="\n") as lines:
+        for line in lines:
+            head, _, tail = line.partition(" - ")
+            fields = head.split(" ")
+            yield Mounted(fields[2], fields[4], tail.split(" ")[0])
 
 
 def is_stale(mountpoint: str) -> bool:
@@ -44,8 +63,7 @@ def read_further_ahead(mountpoint: str) -> None:
     """
     with contextlib.suppress(OSError, StopIteration):
         path = mountpoint.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
-        with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
-            device = next(fields[2] for line in reversed(list(mounts)) if (fields := line.split())[4] == path)
+        device = next(mount.device for mount in reversed(list(mounts())) if mount.path == path)
         with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w") as file:
             file.write(str(_READ_AHEAD_KIB))
 

@@ -22,7 +22,6 @@ from pyfuse3 import FileHandleT, FileNameT, FlagT, FUSEError, InodeT, ModeT, Req
 from swampfs.errors import SwampfsError
 from swampfs.fs.attributes import Attributes, Caller
 from swampfs.fs.events import idle
-from swampfs.fs.lockfiles import LOCK_BASE
 from swampfs.fs.vfs import FileSystem
 from swampfs.fs.views import VIEW_BASE
 from swampfs.fs.xattrs import PREFIX, Xattrs
@@ -408,7 +407,7 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _file_info(self, number: int, ino: int) -> pyfuse3.FileInfo:
-        if ino >= (LOCK_BASE if self.enable_writeback_cache else VIEW_BASE):  # what a lock says is for others, at once
+        if ino >= VIEW_BASE:  # it changes by itself, or, as what a lock says, is for others at once
             is_stream = self._fs.files.handles[number].stream is not None
             return pyfuse3.FileInfo(fh=self._numbers.base + number, direct_io=True, nonseekable=is_stream)
         # What changes remotely is invalidated explicitly, so pages of an earlier open are still good.

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping
 
 from swampfs.fuse import kernel
+from swampfs.fuse.mountpoint import mounts
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,7 @@ def _is_stacked(directory: str) -> bool:
 def _types() -> Mapping[int, str]:
     """Device number → type of its file system."""
     found = {}
-    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
-        for line in mounts:
-            head, _, tail = line.partition(" - ")
-            major, _, minor = head.split()[2].partition(":")
-            found[os.makedev(int(major), int(minor))] = tail.split()[0]
+    for mount in mounts():
+        major, _, minor = mount.device.partition(":")
+        found[os.makedev(int(major), int(minor))] = mount.kind
     return found

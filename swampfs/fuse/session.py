@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import pyfuse3
@@ -14,6 +14,7 @@ import trio
 from pyfuse3 import InodeT
 
 from swampfs.errors import MountError
+from swampfs.fs.vfs import FileSystem
 from swampfs.fuse.operations import PLAIN, Numbers
 from swampfs.records import TreeChange
 from swampfs.settings import MountSettings
@@ -119,9 +120,8 @@ class Invalidator:
         self.is_in_use: Callable[[int], bool] = lambda directory: False
         self.forget_inode: Callable[[int], None] = _forget_inode
         self.forget_name: Callable[[int, bytes], None] = pyfuse3.invalidate_entry
-        self.name_of: Callable[[int], tuple[int, str] | None] | None = None
-        """Directory and name of a file, where the kernel believes nobody else about a file's time (decision 0016): to
-        show what others set, it has to forget the name."""
+        self._fs: FileSystem | None = None
+        self._once_closed: set[int] = set()  # inodes whose name is forgotten in vain while somebody has them open
         self.forget_listing: Callable[[int], None] | None = None
         """How the kernel is told; they raise OSError. It keeps listings only if it is told of those."""
 
@@ -135,9 +135,29 @@ class Invalidator:
                 self._idle = trio.Event()
             self._wake.set()
         names = [change for change in changes if change.name and self.lives_on(change)]
-        if self.name_of is not None:
-            alone = [change.ino for change in changes if not change.name]
-            names += [TreeChange(*name, ino) for ino in alone if (name := self.name_of(ino)) is not None]
+        if self._fs is not None:
+            retimed = [change.ino for change in changes if not change.name]
+            self._once_closed.update(filter(self._fs.files.handles.is_open, retimed))
+            names += self._named(retimed)
+        self._forget_soon(names)
+
+    def show_times_of(self, fs: FileSystem) -> None:
+        """The kernel believes nobody else about a file's time (decision 0016): to show what others set, it has to
+        forget the name."""
+        self._fs = fs
+        fs.files.handles.on_closed = self._closed
+
+    def _named(self, inodes: Iterable[int]) -> list[TreeChange]:
+        assert self._fs is not None
+        name_of = self._fs.tree.name_of_file
+        return [TreeChange(*name, ino) for ino in inodes if (name := name_of(ino)) is not None]
+
+    def _closed(self, ino: int) -> None:
+        if ino in self._once_closed:
+            self._once_closed.discard(ino)
+            self._forget_soon(self._named([ino]))
+
+    def _forget_soon(self, names: list[TreeChange]) -> None:
         if names:
             self._names.extend(names)
             self._wake_names.set()

@@ -252,9 +252,9 @@ class SyncService:
         self.announce(changes)
         return report
 
-    async def upload_ahead(self, paths: Sequence[RelPath]) -> bool:
+    async def upload_ahead(self, paths: Sequence[RelPath], *, until: Callable[[], bool]) -> bool:
         """See :meth:`swampfs.sync.uploads.Uploads.go_ahead`."""
-        return await self._pusher.uploads.go_ahead(paths)
+        return await self._pusher.uploads.go_ahead(paths, until=until)
 
     def are_ahead(self, paths: Sequence[RelPath]) -> bool:
         """See :meth:`swampfs.sync.uploads.Uploads.are_ahead`."""

@@ -73,12 +73,20 @@ class Uploads:
             raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
         return None if done is None else done[0]
 
-    async def go_ahead(self, paths: Sequence[RelPath]) -> bool:
-        """Upload those that can go ahead. Returns whether to go on: what fails is for the push to explain."""
+    async def go_ahead(self, paths: Sequence[RelPath], *, until: Callable[[], bool]) -> bool:
+        """Upload those that can go ahead, and begin none after ``until``.
+
+        Returns whether to go on: what fails is for the push to explain.
+        """
         if self._parts.index.in_place or self._parts.catalog.watermark().mode is IndexMode.LISTING:
             return False  # everybody would see it
         records = self._journal.seal([path for path in paths if self._may_go(path)])
-        await for_each(records, self._go, at_once=UPLOADS_AT_ONCE)
+
+        async def go(record: DirtyPath) -> None:
+            if not until():
+                await self._go(record)
+
+        await for_each(records, go, at_once=UPLOADS_AT_ONCE)
         failed = [record.path for record in records if record.path not in self._ahead]
         self._journal.unseal(failed)
         return not failed

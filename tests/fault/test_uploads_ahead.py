@@ -48,7 +48,7 @@ def store():
 async def ahead(node):
     """As the writeback task does it, under the locks of who wrote."""
     await node.sync.leases.guard(0, *node.sync.journal)
-    await node.sync.upload_ahead(list(node.sync.journal))
+    await node.sync.upload_ahead(list(node.sync.journal), until=lambda: False)
 
 
 async def push(node):
@@ -266,6 +266,25 @@ def test_a_mount_uploads_new_files_while_their_push_waits_for_quiet(bucket, flee
     assert len(check_bucket(bucket)) == 202
 
 
+def test_no_upload_ahead_begins_once_somebody_waits_for_a_push(store, tmp_path):
+    load(store, FILES, "v2")
+    store.puts.clear()
+
+    async def main():
+        async with machine(store, tmp_path / "a") as a:
+            await a.mkdirs(f"{MODEL}/2")
+            for number in range(100):
+                await a.write(f"{MODEL}/2/{number}", b"new")
+            await a.sync.leases.guard(0, *a.sync.journal)
+            looks = iter(range(1000))
+            assert not await a.sync.upload_ahead(list(a.sync.journal), until=lambda: next(looks) >= 10)
+            assert len(sent(store)) == 10
+            await push(a)
+            assert len(sent(store)) == 90, "those that went ahead are not uploaded twice"
+
+    trio.run(main)
+
+
 # --- when it is done ------------------------------------------------------------------------------------------
 
 
@@ -277,7 +296,8 @@ class Sync:
         names = [f"data/t/{UUID[:-4]}{group:04}/o/1/{file}" for group in range(groups) for file in range(files)]
         self.journal = Journal(self, names)
 
-    async def upload_ahead(self, paths):
+    async def upload_ahead(self, paths, *, until):
+        assert not until(), "nobody waits for a push yet"
         self.offered += paths
         await trio.lowlevel.checkpoint()
         return self.during()

@@ -93,6 +93,19 @@ def test_the_bound_namespace_is_written_and_the_others_are_read(everything, data
     assert everything.status()["dirty"] == 0
 
 
+def test_times_that_others_set_are_seen_with_the_writeback_cache(datastore, fleet):
+    machine = fleet.machine("all", datastore.env, options=("--refresh", "300ms", "--writeback-cache", "on"))
+    machine.mount(datastore.url, "--all-namespaces", "--namespace", "infra")
+    there = fleet.machine("there", datastore.env)
+    there.mount(datastore.url, "--namespace", "security")
+    foreign = machine.path / "security/audit/x.jsonl"
+    assert foreign.read_bytes() == b"x\n"
+    for moment in (1_500_000_000_000_000_000, 1_600_000_000_000_000_000):
+        os.utime(there.path / "audit/x.jsonl", ns=(moment, moment))
+        there.flush()
+        wait_for(lambda wanted=moment: foreign.stat().st_mtime_ns == wanted, "it is seen")
+
+
 def test_nothing_foreign_can_be_changed(everything, datastore):
     before = {key: datastore.get(key) for key in datastore.keys()}
     there = everything.path / "security"

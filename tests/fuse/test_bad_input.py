@@ -90,6 +90,18 @@ def test_a_mount_point_with_files_in_it(fleet, store_dir):
     assert (machine.mountpoint / "mine").read_text() == "precious"
 
 
+def test_mounts_of_others_at_names_that_are_no_text_are_no_obstacle(fleet, store_dir, home):
+    odd = os.fsencode(home) + b"/a\rb\xff \xc2\xa0c\n"
+    os.mkdir(odd)
+    subprocess.run(["mount", "-t", "tmpfs", "none", odd], check=True)
+    try:
+        machine = fleet.machine()
+        machine.mount(f"file://{store_dir}")
+        machine.umount()
+    finally:
+        subprocess.run(["umount", odd], check=True)
+
+
 def test_a_missing_mount_point(fleet, store_dir):
     machine = fleet.machine()
     machine.mountpoint.rmdir()

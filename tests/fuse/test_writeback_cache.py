@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
 import subprocess
+import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 
 from tests.datastores import check_bucket, load_shards
+from tests.fuse.test_locks import record
 from tests.harness import wait_for
 
 COLLECTS = ("--writeback-cache", "on")
@@ -34,9 +39,37 @@ def lane(request):
     return "--fast-lane", request.param
 
 
-def writes(machine):
+_WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY)
+os.write(fd, b"WRITTEN")
+print("written", flush=True)
+sys.stdin.read()
+os.close(fd)
+"""
+
+
+@contextmanager
+def written_and_open(path):
+    """By another process: each program that this one starts closes its files, which brings what was collected."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _WRITER, path], stdin=pipe, stdout=pipe, stderr=pipe) as writer:
+        assert writer.stdout.readline() == b"written\n"
+        yield
+        writer.stdin.close()
+
+
+def upcalls(machine):
     told = machine.status()["upcalls"]
-    return (Counter(told["answered"]) + Counter(told["passed"]))["WRITE"]
+    return Counter(told["answered"]) + Counter(told["passed"])
+
+
+def writes(machine):
+    return upcalls(machine)["WRITE"]
+
+
+def lookups(machine):
+    return upcalls(machine)["LOOKUP"]
 
 
 def test_many_small_writes_are_few_requests_that_are_answered_before_the_close(bucket, fleet):
@@ -184,3 +217,83 @@ def test_locks_are_what_they_are_without_it(two):
     os.unlink(here.path / MODEL / ".lock")
     other = there.path / MODEL / "x"
     wait_for(lambda: other.exists() and other.read_bytes() == b"under it", "the other machine has it")
+
+
+def test_a_flush_finds_what_is_open_and_was_written_though_the_kernel_has_it(bucket, fleet, lane):
+    load_shards(bucket, [("files/x", BODY)])
+    machine = fleet.machine("a", bucket.env, options=(*QUIET, *lane))
+    machine.mount(bucket.url)
+    with written_and_open(machine.path / "files/x"):
+        for command in ("flush", "umount"):
+            done = machine.run(command, str(machine.path), check=False)
+            assert (done.returncode, "still open for writing" in done.stderr) == (2, True)
+    machine.umount()
+    assert check_bucket(bucket)["files/x"] == b"WRITTEN" + BODY[7:]
+
+
+def test_an_orderly_end_keeps_what_a_file_holds_that_is_still_open(bucket, fleet):
+    """As `systemctl stop` ends a mount; what it cannot push is in the journal."""
+    load_shards(bucket, [("files/x", BODY)])
+    machine = fleet.machine("a", bucket.env, options=QUIET)
+    machine.mount(bucket.url)
+    pid = machine.pid()
+    with written_and_open(machine.path / "files/x"):
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"), "it has ended", 30)
+    machine.mount(bucket.url)
+    assert (machine.path / "files/x").read_bytes() == b"WRITTEN" + BODY[7:]
+    machine.umount()
+    assert check_bucket(bucket)["files/x"] == b"WRITTEN" + BODY[7:]
+
+
+def test_what_the_mount_says_of_itself_is_of_now(bucket, fleet, lane):
+    load_shards(bucket, [("files/x", BODY)])
+    machine = fleet.machine("a", bucket.env, options=(*QUIET, *lane))
+    machine.mount(bucket.url)
+    views = machine.path / ".swampfs"
+    assert (views / "pending").read_text() == ""
+    before = json.loads((views / "status.json").read_text())
+    for number in range(3):
+        (machine.path / f"files/n{number}").write_bytes(BODY)
+    assert (views / "pending").read_text().split() == [f"files/n{number}" for number in range(3)]
+    assert json.loads((views / "status.json").read_text())["dirty"] == before["dirty"] + 3
+    fd = os.open(views / "events", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert os.read(fd, 1 << 16) != b"", "it does not end"
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("collects", ["on", "off"])
+def test_the_record_of_a_lock_is_all_there_and_of_now_when_it_is_another_one(bucket, fleet, collects):
+    load_shards(bucket, [(f"{MODEL}/x", BODY)])
+    machine = fleet.machine("a", bucket.env, options=(*QUIET, "--writeback-cache", collects))
+    machine.mount(bucket.url)
+    path = machine.path / MODEL / ".lock"
+    sizes, times = set(), set()
+    for nonce, host in (("1", "one"), ("2", "another-one-with-a-longer-name")):
+        bucket.put(f"{MODEL}/.lock", record(nonce, host=host, ttl_ms=3_600_000))
+        fd = os.open(path, os.O_RDONLY)
+        found = os.fstat(fd)
+        told = json.loads(os.read(fd, found.st_size))
+        os.close(fd)
+        assert (told["nonce"], told["hostname"]) == (nonce, host)
+        sizes.add(found.st_size)
+        times.add(found.st_mtime_ns)
+    assert len(sizes) == 2
+    bucket.delete(f"{MODEL}/.lock")
+
+
+def test_a_time_that_another_machine_set_while_it_was_open_is_seen_once_it_is_closed(two):
+    here, there = two
+    path, other = here.path / "files/x", there.path / "files/x"
+    with open(other, "rb") as file:
+        assert file.read() == BODY
+        os.utime(path, ns=(1, 1_500_000_000_000_000_000))
+        other.stat()
+        before = lookups(there)
+        here.flush()
+        wait_for(lambda: other.stat() and lookups(there) > before, "the kernel of the other machine forgot the name")
+    wait_for(lambda: other.stat().st_mtime_ns == 1_500_000_000_000_000_000, "the other machine shows it")
