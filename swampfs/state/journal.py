@@ -189,12 +189,12 @@ class Journal:
         self._sealed.difference_update(paths)
         self._in_flight.difference_update(paths)
 
-    def note_sent(self, record: DirtyPath, size: int, sha256: str) -> None:
-        """About to upload this: should the outcome be lost, the next push knows its own bytes again."""
-        with self._at_leisure():
-            self._db.execute(
-                "UPDATE dirty SET sent_size = ?, sent_sha256 = ? WHERE path = ?", (size, sha256, record.path)
-            )
+    def note_sent(self, sent: Iterable[tuple[DirtyPath, int, str]]) -> None:
+        """About to upload these, each with size and hash: should the outcome be lost, the next push knows its own
+        bytes again."""
+        rows = [(size, sha256, record.path) for record, size, sha256 in sent]
+        with self._at_leisure(), transaction(self._db):
+            self._db.executemany("UPDATE dirty SET sent_size = ?, sent_sha256 = ? WHERE path = ?", rows)
 
     def was_sent(self, path: str, size: int, sha256: str | None) -> bool:
         """Whether an earlier push of this machine uploaded this content for the path.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from swampfs.names import Keyspace, RelPath, home_partition
@@ -27,7 +28,12 @@ class Parts:
 
     def partition(self, path: RelPath) -> str:
         """Partition that holds a path's entry after a commit."""
-        return home_partition(path) if self.catalog.watermark().mode is IndexMode.SHARDS else MONOLITH
+        return self.partitions()(path)
+
+    def partitions(self) -> Callable[[RelPath], str]:
+        """As :meth:`partition`, of many."""
+        is_sharded = self.catalog.watermark().mode is IndexMode.SHARDS
+        return home_partition if is_sharded else lambda path: MONOLITH
 
     def posix(self, path: RelPath, mtime_ns: int | None) -> Posix:
         """What the catalog says of a file, as far as it is not the usual."""

@@ -343,9 +343,10 @@ class Pusher:
 
     def _settle(self, batch: _Batch, parked: Sequence[IndexEntry]) -> None:
         """Let the catalog agree with what was committed; then retire exactly that."""
-        done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = []
-        for record in (*batch.uploads, *batch.present):
-            done.append((record, batch.entries[record.path], self._parts.partition(record.path)))
+        home = self._parts.partitions()
+        done: list[tuple[DirtyPath, IndexEntry | None, str | None]] = [
+            (record, batch.entries[record.path], home(record.path)) for record in (*batch.uploads, *batch.present)
+        ]
         done += [(record, None, None) for record in batch.deletes]
         done += [(record, record.base, record.partition) for record in batch.moot]
         ours = {record.path for record in batch.uploads}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from swampfs.errors import ConflictingWriteError, PreconditionError, StoreError
 from swampfs.names import RelPath, is_latest_marker, model_of
-from swampfs.provider import ABSENT, Precondition
+from swampfs.provider import ABSENT, ObjectInfo, Precondition
 from swampfs.records import DirtyPath, Finding, IndexEntry, IndexMode, Op, timestamp
 from swampfs.sync.hashing import hash_file
 from swampfs.sync.leases import Leases
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 32
 _IN_MEMORY = 64 << 10  # bytes of a file whose private copy needs no file
+_IN_A_ROW = 8  # files that go ahead in one thread
 LARGEST_AHEAD = 1 << 20
 """Bytes of a file that goes ahead: whoever wants to push meanwhile waits for it."""
 
@@ -41,6 +42,15 @@ class _Ahead(NamedTuple):
     lock: Lock  # under which it was uploaded: since then nobody else could touch it
     mtime_ns: int
     entry: IndexEntry
+
+
+class _Content(NamedTuple):
+    """A private copy: its bytes, or where they are, and what is said of them."""
+
+    body: bytes | str
+    mtime_ns: int
+    size: int
+    sha256: str
 
 
 class Uploads:
@@ -80,13 +90,16 @@ class Uploads:
         """
         if self._parts.index.in_place or self._parts.catalog.watermark().mode is IndexMode.LISTING:
             return False  # everybody would see it
-        records = self._journal.seal([path for path in paths if self._may_go(path)])
+        sealed = self._journal.seal([path for path in paths if self._may_go(path)])
+        self._journal.unseal(record.path for record in sealed if record.base is not None)
+        records = [record for record in sealed if record.base is None]
 
-        async def go(record: DirtyPath) -> None:
+        async def go(records: Sequence[DirtyPath]) -> None:
             if not until():
-                await self._go(record)
+                await self._go(records)
 
-        await for_each(records, go, at_once=UPLOADS_AT_ONCE)
+        rows = [records[at : at + _IN_A_ROW] for at in range(0, len(records), _IN_A_ROW)]
+        await for_each(rows, go, at_once=UPLOADS_AT_ONCE)
         failed = [record.path for record in records if record.path not in self._ahead]
         self._journal.unseal(failed)
         return not failed
@@ -111,15 +124,34 @@ class Uploads:
             self._ahead.pop(record.path, None)
 
     def _may_go(self, path: RelPath) -> bool:
-        """Under a model's lock, which keeps all others out; a name that nothing is published under."""
+        """Under a model's lock, which keeps all others out."""
         if path in self._ahead or self._journal.op(path) is not Op.WRITE or model_of(path) is None:
             return False
         if is_latest_marker(path) or not self._is_settled(path) or self._leases.lock_over(path) is None:
             return False
-        record, stat = self._journal.get(path), self._parts.cache.stat(path)
-        return record is not None and record.base is None and stat is not None and stat.st_size <= LARGEST_AHEAD
+        stat = self._parts.cache.stat(path)
+        return stat is not None and stat.st_size <= LARGEST_AHEAD
 
-    async def _go(self, record: DirtyPath) -> None:
+    async def _go(self, records: Sequence[DirtyPath]) -> None:
+        """One after the other in one thread, those that are small: a hop for each would cost as much as its upload."""
+        threads = self._parts.remote.threads
+        small = await threads.read(Lane.PUSH, lambda: [self._small(record) for record in records])
+        going = []
+        for record, content in zip(records, small, strict=True):
+            lock = self._leases.lock_over(record.path)
+            if content is None:
+                await self._go_alone(record)
+            elif lock is not None and self._journal.is_newest(record):
+                going.append((record, lock, content))
+        self._journal.note_sent((record, one.size, one.sha256) for record, _, one in going)
+        bodies = [(self._parts.keys.data(record.path), content.body) for record, _, content in going]
+        answers = await threads.write(Lane.PUSH, self._put_each, bodies)
+        for (record, lock, content), info in zip(going, answers, strict=True):
+            if info is not None:
+                entry = self._entry(record, content, info)
+                self._ahead[record.path] = _Ahead(record.generation, lock, content.mtime_ns, entry)
+
+    async def _go_alone(self, record: DirtyPath) -> None:
         lock = self._leases.lock_over(record.path)
         if lock is None:
             return
@@ -132,6 +164,33 @@ class Uploads:
             entry, mtime_ns = done
             self._ahead[record.path] = _Ahead(record.generation, lock, mtime_ns, entry)
 
+    def _put_each(self, bodies: Sequence[tuple[str, bytes | str]]) -> list[ObjectInfo | None]:
+        """In a thread. ``None`` from what fails on."""
+        answers: list[ObjectInfo | None] = [None] * len(bodies)
+        for at, (key, body) in enumerate(bodies):
+            try:
+                answers[at] = self._parts.remote.store.put(key, body, ABSENT)
+            except (StoreError, OSError) as error:
+                log.debug("%s does not go ahead: %s", key, error)
+                break
+        return answers
+
+    def _small(self, record: DirtyPath) -> _Content | None:
+        """In a thread: a copy in memory. ``None``: it needs one on the disk, or cannot be read."""
+        try:
+            found = self._parts.cache.small(record.path, _IN_MEMORY)
+        except OSError:
+            return None
+        if found is None:
+            return None
+        body, mtime_ns = found
+        return _Content(body, mtime_ns, len(body), hashlib.sha256(body).hexdigest())
+
+    def _entry(self, record: DirtyPath, content: _Content, info: ObjectInfo) -> IndexEntry:
+        posix = self._parts.posix(record.path, content.mtime_ns)
+        modified, written = info.last_modified, timestamp(content.mtime_ns)
+        return IndexEntry(record.path, content.size, modified, written, content.sha256, posix)
+
     async def _put(self, record: DirtyPath, when: Precondition) -> tuple[IndexEntry, int] | None:
         """Upload a private copy, so that size, hash and bytes are of one moment (H26).
 
@@ -142,31 +201,29 @@ class Uploads:
         staged = parts.cache.stage()
         source = parts.cache.path(record.path)
 
-        def take() -> tuple[bytes | str, int, int, str]:
-            small = parts.cache.small(record.path, _IN_MEMORY)
+        def take() -> _Content:
+            small = self._small(record)
             if small is not None:
-                body, mtime_ns = small
-                return body, mtime_ns, len(body), hashlib.sha256(body).hexdigest()
+                return small
             try:
-                mtime_ns, content = parts.cache.snapshot(record.path, staged), staged
+                mtime_ns, body = parts.cache.snapshot(record.path, staged), staged
             except OSError as error:
                 if not is_full(error):
                     raise
-                mtime_ns, content = os.stat(source).st_mtime_ns, source
-            return content, mtime_ns, os.stat(content).st_size, hash_file(content)
+                mtime_ns, body = os.stat(source).st_mtime_ns, source
+            return _Content(body, mtime_ns, os.stat(body).st_size, hash_file(body))
 
         try:
-            content, mtime_ns, size, sha256 = await parts.remote.threads.read(Lane.PUSH, take)
-            if content == source and await self.room.make_room(size):
-                content, mtime_ns, size, sha256 = await parts.remote.threads.read(Lane.PUSH, take)
+            content = await parts.remote.threads.read(Lane.PUSH, take)
+            if content.body == source and await self.room.make_room(content.size):
+                content = await parts.remote.threads.read(Lane.PUSH, take)
             if not self._journal.is_newest(record):
                 return None  # changed since the seal: the copy may be of half a change
-            self._journal.note_sent(record, size, sha256)
-            info = await parts.remote.put(parts.keys.data(record.path), content, when)
-            if content == source and not self._journal.is_newest(record):
+            self._journal.note_sent([(record, content.size, content.sha256)])
+            info = await parts.remote.put(parts.keys.data(record.path), content.body, when)
+            if content.body == source and not self._journal.is_newest(record):
                 return None  # the object may be of half a change: the newer record replaces it
-            posix = parts.posix(record.path, mtime_ns)
-            return IndexEntry(record.path, size, info.last_modified, timestamp(mtime_ns), sha256, posix), mtime_ns
+            return self._entry(record, content, info), content.mtime_ns
         finally:
             if os.path.lexists(staged):
                 os.unlink(staged)
