@@ -97,8 +97,8 @@ class Machine:
         return int((self.state_dir / "state" / "lock").read_text())
 
     def is_mounted(self) -> bool:
-        mounts = Path("/proc/self/mounts").read_text()
-        return f" {self.mountpoint} fuse.swampfs " in mounts
+        mounts = Path("/proc/self/mounts").read_bytes()  # those of others may have any name
+        return os.fsencode(f" {self.mountpoint} fuse.swampfs ") in mounts
 
     def log(self) -> str:
         path = self.state_dir / "swampfs.log"

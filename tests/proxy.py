@@ -60,11 +60,13 @@ class Proxy:
         self._ready.set()
         await self._stopped.wait()
         server.close()
+        await asyncio.sleep(0)  # who was let in just now begins, so that it can end
         self._reset()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # what was aborted is closed
 
     def _reset(self) -> None:
         for writer in list(self._writers):
@@ -76,12 +78,14 @@ class Proxy:
             return
         try:
             other_reader, other_writer = await asyncio.open_connection(*self._target)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             writer.transport.abort()
             return
         self._writers |= {writer, other_writer}
         try:
             await asyncio.gather(self._pump(reader, other_writer), self._pump(other_reader, writer))
+        except asyncio.CancelledError:  # not passed on: asyncio would log it
+            self._reset()
         finally:
             for end in (writer, other_writer):
                 self._writers.discard(end)

@@ -56,9 +56,11 @@ def everything(root: Path) -> dict[str, Seen]:
         for path in (Path(directory, name) for name in ("", *names, *files)):
             seen = path.lstat()
             content: object = None
+            if not stat.S_ISDIR(seen.st_mode) and is_scratch(path.name):
+                continue
             if stat.S_ISLNK(seen.st_mode):
-                content = os.readlink(path)
-            elif stat.S_ISREG(seen.st_mode) and not is_scratch(path.name):
+                content = (os.readlink(path), seen.st_mtime_ns)
+            elif stat.S_ISREG(seen.st_mode):
                 content = (seen.st_size, seen.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
             elif not stat.S_ISDIR(seen.st_mode):
                 continue

@@ -133,23 +133,27 @@ class Uploads:
         return stat is not None and stat.st_size <= LARGEST_AHEAD
 
     async def _go(self, records: Sequence[DirtyPath]) -> None:
-        """One after the other in one thread, those that are small: a hop for each would cost as much as its upload."""
+        """Those that are small one after the other in one thread: a hop for each would cost as much as its upload."""
         threads = self._parts.remote.threads
-        small = await threads.read(Lane.PUSH, lambda: [self._small(record) for record in records])
-        going = []
-        for record, content in zip(records, small, strict=True):
-            lock = self._leases.lock_over(record.path)
-            if content is None:
-                await self._go_alone(record)
-            elif lock is not None and self._journal.is_newest(record):
-                going.append((record, lock, content))
-        self._journal.note_sent((record, one.size, one.sha256) for record, _, one in going)
+        contents = await threads.read(Lane.PUSH, lambda: [self._small(record) for record in records])
+        taken = list(zip(records, contents, strict=True))
+        going = [
+            (record, lock, content)
+            for record, content in taken
+            if content is not None
+            and (lock := self._leases.lock_over(record.path)) is not None
+            and self._journal.is_newest(record)
+        ]
+        self._journal.note_sent((record, content.size, content.sha256) for record, _, content in going)
         bodies = [(self._parts.keys.data(record.path), content.body) for record, _, content in going]
         answers = await threads.write(Lane.PUSH, self._put_each, bodies)
         for (record, lock, content), info in zip(going, answers, strict=True):
             if info is not None:
                 entry = self._entry(record, content, info)
                 self._ahead[record.path] = _Ahead(record.generation, lock, content.mtime_ns, entry)
+        for record, small in taken:
+            if small is None:
+                await self._go_alone(record)
 
     async def _go_alone(self, record: DirtyPath) -> None:
         lock = self._leases.lock_over(record.path)

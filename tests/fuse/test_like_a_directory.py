@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.datastores import check_bucket
+from tests.suite import everything
 
 EXPLORE = "SWAMPFS_STEPS" in os.environ
 STEPS = int(os.environ.get("SWAMPFS_STEPS", "12000"))
@@ -213,13 +214,13 @@ def do_a_round(bucket, fleet, number, many, options):
             do_both(Shell(machine.path / place), Shell(Path(scratch, "t")), steps)
 
     both()
-    left = published(machine.path)
+    left = everything(machine.path)
     assert len(left) > many / LENGTH / 2, "something was made"
     machine.umount()
     check_bucket(bucket)
     fresh = fleet.machine(f"b{number}", bucket.env)
     fresh.mount(bucket.url)
-    assert published(fresh.path) == left
+    assert everything(fresh.path) == left
     shutil.rmtree(fresh.path / "files")
     fresh.umount()
 
@@ -237,18 +238,3 @@ def do_both(mounted, plain, steps):
             for handle in list(shell.open):
                 shell.close(handle)
     assert mounted.everything() == plain.everything(), done
-
-
-def published(root):
-    """What another machine sees: directories, and files and symbolic links with their attributes."""
-    found = {}
-    for directory, names, files in os.walk(root):
-        found[os.path.relpath(directory, root)] = oct(os.lstat(directory).st_mode)
-        for name in [*names, *files]:
-            path = os.path.join(directory, name)
-            seen = os.lstat(path)
-            if name.startswith(".#") or not (stat.S_ISREG(seen.st_mode) or stat.S_ISLNK(seen.st_mode)):
-                continue
-            content = os.readlink(path) if stat.S_ISLNK(seen.st_mode) else Path(path).read_bytes()
-            found[os.path.relpath(path, root)] = (oct(seen.st_mode), seen.st_mtime_ns, content)
-    return found

@@ -197,7 +197,7 @@ def test_the_secret_key_is_in_no_argument_log_table_trace_or_status(bucket, flee
     os.kill(a.pid(), 10)  # SIGUSR1: its state, into the log
     process = Path(f"/proc/{a.pid()}")
     said = [a.run("status", "--json", str(a.path)).stdout, (a.path / ".swampfs/status.json").read_text()]
-    said += [(process / "cmdline").read_text(), Path("/proc/self/mounts").read_text()]
+    said += [(process / "cmdline").read_text(), Path("/proc/self/mounts").read_text(errors="surrogateescape")]
     a.umount()
     said += [a.log(), a.trace_file.read_text()]
     wrong = {**bucket.env, "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
