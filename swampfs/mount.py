@@ -14,6 +14,7 @@ import resource
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -60,6 +61,7 @@ from swampfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
+_COLLECT_S = 10.0
 _UNMOUNT_FLUSH_S = 60.0
 _M_ARENA_MAX, _HEAPS = -8, 2
 _REGISTERED = "namespace_registered_for"
@@ -311,13 +313,19 @@ def _compose(
     mount = _joined(settings, datastore, fs, writeback, foreign)
     mount.upcalls = lane.as_json if lane is not None else None
     if fs.files.handles.written_back:
-        mount.collect = lambda: bring_collected(settings.mountpoint, map(mount.shown, fs.files.handles.written_to()))
+        mount.collect = partial(_collect, mount)
     if settings.xattrs:
         operations.xattrs = mount.about
     at_end.callback(mount.artifacts.close)
     fs.views = mount.views(owner)
     _begin(mount, nursery)
     return mount
+
+
+async def _collect(mount: Mount, timeout_s: float) -> bool:
+    """As :attr:`Mount.collect`, with the writeback cache."""
+    paths = map(mount.shown, mount.fs.files.handles.written_to())
+    return await bring_collected(mount.settings.mountpoint, paths, timeout_s)
 
 
 def _joined(
@@ -461,7 +469,8 @@ async def _signals(mount: Mount) -> None:
         with stopping:
             try:
                 if not mount.settings.read_only:
-                    await mount.collect()
+                    if not await mount.collect(_COLLECT_S):
+                        log.info("unmounting before the kernel has written all it collected")
                     await mount.writeback.flush(None, _UNMOUNT_FLUSH_S)
             except PushPendingError as error:
                 log.info("unmounting with changes pending: %s", error.line())

@@ -17,7 +17,7 @@ from swampfs import __version__, metrics
 from swampfs.artifacts.keeper import Keeper
 from swampfs.artifacts.query import LARGEST
 from swampfs.datastore import Datastore
-from swampfs.errors import FileError, HostileNameError, StateError, UsageError
+from swampfs.errors import FileError, HostileNameError, PushPendingError, StateError, UsageError
 from swampfs.foreign import ForeignNamespaces
 from swampfs.fs.attributes import Owner
 from swampfs.fs.cache_limit import CacheLimit
@@ -44,6 +44,11 @@ _LARGEST_REWRITTEN = 64 << 20  # bytes of the catalog: to rewrite more of it wou
 _COUNTED = 5000  # changes by model: more of them would hold the loop up
 
 
+async def _nothing_collected(timeout_s: float) -> bool:
+    """Without the writeback cache."""
+    return True
+
+
 @dataclass(slots=True)
 class Mount:
     """The parts of a running mount that commands and signals reach."""
@@ -64,8 +69,8 @@ class Mount:
     events: Events
     started_at: float = field(default_factory=time.monotonic)
     stop: trio.Event = field(default_factory=trio.Event)
-    collect: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-    """Have the kernel bring what it has collected of files that are open."""
+    collect: Callable[[float], Awaitable[bool]] = _nothing_collected
+    """Have the kernel bring what it has collected of files that are open; whether it did in so many seconds."""
     upcalls: Callable[[], dict[str, Any]] | None = None
     """Set where the kernel's requests are counted: with the fast lane."""
 
@@ -283,9 +288,12 @@ class Mount:
             wanted = self._own_paths(message.get("paths"))
             # Read-only, what an earlier mount left in the journal waits for one that may push.
             if wanted != [] and not self.settings.read_only:
-                await self.collect()
-                await self.writeback.flush(wanted, float(message.get("timeout", 60.0)))
+                until = trio.current_time() + float(message.get("timeout", 60.0))
+                is_collected = await self.collect(until - trio.current_time())
+                await self.writeback.flush(wanted, max(0.0, until - trio.current_time()))
                 await self.sync.leases.give_back_idle()
+                if not is_collected:
+                    raise PushPendingError("the kernel has not written all it collected of files that are open")
             return {"pending": len(self.writeback.pending())}
 
         async def refresh(_: Mapping[str, Any]) -> dict[str, Any]:

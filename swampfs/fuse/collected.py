@@ -14,23 +14,21 @@ import trio
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 10.0
 _AT_ONCE = 500  # names in one command
 
 
-async def bring_collected(mountpoint: Path, paths: Iterable[str]) -> None:
-    """Have the kernel write all it has, and return when that is done of some files, or takes too long.
+async def bring_collected(mountpoint: Path, paths: Iterable[str], timeout_s: float) -> bool:
+    """Have the kernel write all it has. Returns whether that was done in time, for sure of some files.
 
-    ``paths`` are relative to the mount point.
+    ``paths`` are relative to the mount point. What is refused is told to who wrote it.
     """
     names = [str(mountpoint / path) for path in paths]
     commands = [["sync", "--file-system", str(mountpoint)]]  # of whatever is open; begins it, where it does not wait
     commands += [["sync", "--data", "--", *names[at : at + _AT_ONCE]] for at in range(0, len(names), _AT_ONCE)]
-    with trio.move_on_after(_PATIENCE_S) as scope:
+    with trio.move_on_after(timeout_s) as scope:
         for command in commands:
             await _run(command)
-    if scope.cancelled_caught:
-        log.info("the kernel has not written what it collected after %g s", _PATIENCE_S)
+    return not scope.cancelled_caught
 
 
 async def _run(command: Sequence[str]) -> None:

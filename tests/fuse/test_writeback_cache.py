@@ -231,6 +231,20 @@ def test_a_flush_finds_what_is_open_and_was_written_though_the_kernel_has_it(buc
     assert check_bucket(bucket)["files/x"] == b"WRITTEN" + BODY[7:]
 
 
+def test_a_flush_is_not_done_while_the_kernel_has_not_written(bucket, fleet, home):
+    stuck = home / "bin/sync"
+    stuck.parent.mkdir()
+    stuck.write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck.chmod(0o755)
+    load_shards(bucket, [("files/x", BODY)])
+    env = {**bucket.env, "PATH": f"{stuck.parent}:{os.environ['PATH']}"}
+    machine = fleet.machine("a", env, options=QUIET)
+    machine.mount(bucket.url)
+    with written_and_open(machine.path / "files/x"):
+        done = machine.run("flush", "--timeout", "1s", str(machine.path), check=False)
+        assert (done.returncode, "the kernel has not written" in done.stderr) == (2, True), done.stderr
+
+
 def test_an_orderly_end_keeps_what_a_file_holds_that_is_still_open(bucket, fleet):
     """As `systemctl stop` ends a mount; what it cannot push is in the journal."""
     load_shards(bucket, [("files/x", BODY)])
@@ -282,7 +296,7 @@ def test_the_record_of_a_lock_is_all_there_and_of_now_when_it_is_another_one(buc
         assert (told["nonce"], told["hostname"]) == (nonce, host)
         sizes.add(found.st_size)
         times.add(found.st_mtime_ns)
-    assert len(sizes) == 2
+    assert len(sizes) == len(times) == 2
     bucket.delete(f"{MODEL}/.lock")
 
 
