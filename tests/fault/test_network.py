@@ -93,7 +93,7 @@ def test_no_fault_of_the_network_hangs_anybody_or_loses_anything(fault, machine,
     for operation, program in PROGRAMS.items():
         said, took = do(machine, program)
         assert said.startswith(expected(fault, operation)), operation
-        assert took < (1.5 if operation in NEEDS_NOTHING else BOUND_S), operation
+        assert took < (TIMEOUT_S if operation in NEEDS_NOTHING else BOUND_S), operation
     began = time.monotonic()
     machine.status()
     assert time.monotonic() - began < BOUND_S, "status answers from memory"
@@ -149,7 +149,7 @@ def test_an_outage_is_found_out_once_and_is_over_within_seconds(fault, bucket, f
     assert answers == []
     assert "has not answered for" in machine.status()["lastError"]
     said, took = do(machine, f"open('{MODEL}/4/raw').read()")
-    assert said.startswith("TimeoutError") and took < 1.5, "not asked again"
+    assert said.startswith("TimeoutError") and took < 10, "not asked again, which takes 30 s"
     proxy.set(None)
     mended = time.monotonic()
     wait_for(lambda: not machine.status()["offline"], "the end is noticed")

@@ -169,10 +169,8 @@ def test_a_lock_of_the_object_store_client_is_seen_through_the_mount_and_the_oth
         with pytest.raises(FileExistsError):
             take(a.path / key)
         await lock.release()
-        started = time.monotonic()
         assert not (a.path / key).exists()
         take(a.path / key, body := record())
-        assert time.monotonic() - started < 1.0
         holder = await lock.inspect()
         assert holder.nonce == json.loads(body)["nonce"]
         assert not await lock.force_release(str(uuid.uuid4()))  # a stale nonce
@@ -299,7 +297,7 @@ def test_a_writer_that_waited_too_long_gets_ebusy_and_the_holder_is_named(bucket
     with pytest.raises(OSError) as refused:
         (a.path / MODEL / "n/1/raw").write_text("no")
     assert refused.value.errno == errno.EBUSY
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 2 + 5, "its --timeout, and what a busy machine adds"
     watcher.join()
     assert [(lock["lock"], lock["state"], lock["by"]) for lock in seen[0]] == [(LOCK, "waiting", "somebody@elsewhere")]
     assert (a.path / MODEL / "n/1/raw").read_text() == "one"
@@ -330,13 +328,11 @@ def test_a_child_of_the_locks_holder_does_not_wait_for_it(bucket, fleet, how):
     a.mount(bucket.url)
     bucket.put(LOCK, record(host=socket.gethostname(), pid=os.getpid() if how != "environment" else 999_999))
     raw = a.path / MODEL / "n/1/raw"
-    started = time.monotonic()
     if how == "environment":
         env = {**os.environ, "SWAMP_LOCK_HOLDER_PID": "999999"}
         subprocess.run(["sh", "-c", f"echo child > {raw}"], env=env, check=True, timeout=20)
     else:
-        raw.write_text("child\n")
-    assert time.monotonic() - started < 3
+        raw.write_text("child\n")  # who waits here ends with EBUSY
     a.flush()  # under the parent's lock, which is still held
     assert check_bucket_but(bucket, LOCK)[f"{MODEL}/n/1/raw"] == b"child\n"
     bucket.delete(LOCK)
@@ -467,9 +463,7 @@ def test_an_idle_file_that_was_made_and_is_still_open_keeps_no_other_writer_out(
     with open(a.path / MODEL / "out.txt", "w"):
         started = time.monotonic()
         while time.monotonic() - started < 7:
-            before = time.monotonic()
-            (a.path / MODEL / "other.txt").write_text("x")
-            assert time.monotonic() - before < 1
+            (a.path / MODEL / "other.txt").write_text("x")  # who is kept out ends with EBUSY
             time.sleep(0.3)
     a.umount()
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from tests.datastores import check_bucket
-from tests.fuse.test_like_a_directory import published
 from tests.harness import wait_for
+from tests.suite import everything
 
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main", "-c", "gc.auto=0"]
 
@@ -30,12 +30,12 @@ def another(machine, bucket, fleet):
     """The same datastore on a machine that knows nothing yet; what the first one showed is compared."""
 
     def move():
-        left = published(machine.path)
+        left = everything(machine.path)
         machine.umount()
         check_bucket(bucket)
         fresh = fleet.machine("b", bucket.env)
         fresh.mount(bucket.url)
-        assert published(fresh.path) == left
+        assert everything(fresh.path) == left
         return fresh
 
     return move
@@ -90,9 +90,9 @@ def test_an_archive_comes_out_as_it_went_in_also_on_another_machine(machine, ano
     make, take = ["tar", "--format=posix", "-cf", "-", "."], ["tar", "-xpf", "-"]
     with subprocess.Popen(make, cwd=source, stdout=subprocess.PIPE) as sent:
         subprocess.run(take, cwd=machine.path / "files/t", stdin=sent.stdout, check=True)
-    assert published(machine.path / "files/t") == published(source)
+    assert everything(machine.path / "files/t") == everything(source)
     assert os.stat(machine.path / "files/t/hard").st_nlink == 2
-    assert published(another().path / "files/t") == published(source)
+    assert everything(another().path / "files/t") == everything(source)
 
 
 WRITER = """
