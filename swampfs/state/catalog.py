@@ -25,7 +25,7 @@ from swampfs.records import (
     Watermark,
     encode_posix,
 )
-from swampfs.state.rows import BY_INODE, BY_NAME, BY_PATH, NODE, SELECT, Known, found, node_of
+from swampfs.state.rows import BY_NAME, BY_PATH, INSERT, SELECT, Known, found, node_of
 from swampfs.state.schema import (
     CATALOG,
     CATALOG_VERSION,
@@ -43,19 +43,11 @@ DIRECTORY_MODE = 0o755
 CHANGED = "directory"  # kind of a fact: mode or owner of a directory was changed here, and others do not know yet
 
 _INODE = "(ino = ? OR shared = ?)"
-_INSERT = """
-INSERT INTO node (parent, name, path, kind, size, mtime_ns, ctime_ns, mode, uid, gid, residency, explicit,
-                  target, rdev, partition, base_size, base_sha256, base_modified, base_mtime, base_posix)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
 _SET_BASE = "partition=?, base_size=?, base_sha256=?, base_modified=?, base_mtime=?, base_posix=?"
-_SET_ATTRIBUTES = f"""
-UPDATE node SET mode = coalesce(?, mode), uid = coalesce(?, uid), gid = coalesce(?, gid),
-    atime_ns = coalesce(?, atime_ns), mtime_ns = coalesce(?, mtime_ns), size = coalesce(?, size),
-    blocks = coalesce(?, blocks), ctime_ns = ? WHERE {_INODE} RETURNING {NODE}
-"""
 _LOCAL = f"kind = {Kind.FILE:d} AND residency <> {Residency.STUB:d}"
-_CLEAN = f"kind = {Kind.FILE:d} AND residency = {Residency.CLEAN:d} AND links = 1"
+_CLEAN_CONTENT = f"""
+SELECT path, size FROM node WHERE ino = ? AND kind = {Kind.FILE:d} AND residency = {Residency.CLEAN:d} AND links = 1
+"""
 _UNUSUAL = f"kind = {Kind.DIRECTORY:d} AND (mode <> {DIRECTORY_MODE} OR uid >= 0 OR gid >= 0)"
 _PUBLISHED = f"kind IN ({Kind.FILE:d}, {Kind.SYMLINK:d})"
 
@@ -101,21 +93,18 @@ class Catalog:
     # --- reading ------------------------------------------------------------------------------------------
 
     def node(self, ino: int) -> Node | None:
-        return self._known.node(BY_INODE, ino)
+        return self._known.node(ino)
 
     def clean_content(self, ino: int) -> tuple[RelPath, int] | None:
         """Path and size of a published file of one name whose content is here; what a warm open needs to know."""
-        known = self._known.now()
-        if ino not in known:
-            known[ino] = self.db.execute(f"SELECT path, size FROM node WHERE ino = ? AND {_CLEAN}", (ino,)).fetchone()
-        clean: tuple[RelPath, int] | None = known[ino]
+        clean: tuple[RelPath, int] | None = self._known.clean(_CLEAN_CONTENT, ino)
         return clean
 
     def child(self, parent: int, name: str) -> Node | None:
-        return self._known.node(BY_NAME, parent, name)
+        return self._known.named(BY_NAME, parent, name)
 
     def at(self, path: str) -> Node | None:
-        return self._known.node(BY_PATH, path)
+        return self._known.named(BY_PATH, path)
 
     def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Node]:
         """Entries of a directory in the order of their places, so that a position survives concurrent change."""
@@ -208,13 +197,12 @@ class Catalog:
         now = time.time_ns()
         parent = self.at(parent_of(path))
         assert parent is not None
-        (row,) = self.db.execute(
-            f"{_INSERT} RETURNING {NODE}",
+        node = self._known.insert(
             (parent.ino, path.rpartition("/")[2], path, kind, len((target or "").encode()), mtime_ns or now, now, mode,
              *owner, residency, int(kind is Kind.DIRECTORY), target, rdev, None, *_base(None)),
-        ).fetchall()  # fmt: skip
+        )  # fmt: skip
         self.touch(parent.ino, now)
-        return node_of(row)
+        return node
 
     def make_parents(self, path: RelPath) -> int:
         """Inode of the directory that holds ``path``, creating missing ones. Raises NotADirectoryError."""
@@ -229,7 +217,7 @@ class Catalog:
         above = self.make_parents(parent)
         now = time.time_ns()
         cursor = self.db.execute(
-            _INSERT,
+            INSERT,
             (above, parent.rpartition("/")[2], parent, Kind.DIRECTORY, 0, now, now, DIRECTORY_MODE, -1, -1,
              Residency.CLEAN, 0, None, 0, None, *_base(None)),
         )  # fmt: skip
@@ -249,7 +237,7 @@ class Catalog:
         mode, uid, gid, _, link = entry.posix or NO_POSIX
         usual = FILE_MODE if link is None else LINK_MODE
         cursor = self.db.execute(
-            _INSERT,
+            INSERT,
             (parent, entry.path.rpartition("/")[2], entry.path, entry.kind, entry.size, _time(entry), now,
              usual if mode is None else mode, -1 if uid is None else uid, -1 if gid is None else gid, Residency.STUB, 0,
              link, 0, partition, *_base(entry)),
@@ -329,32 +317,40 @@ class Catalog:
         )
 
     def touch(self, ino: int, mtime_ns: int, *, keep: bool = False) -> None:
-        self.db.execute(
-            "UPDATE node SET mtime_ns = ?, ctime_ns = ?, explicit = explicit OR ? WHERE ino = ?",
-            (mtime_ns, mtime_ns, keep, ino),
-        )
+        self._known.update(ino, mtime_ns=mtime_ns, ctime_ns=mtime_ns)
+        if keep:
+            self.db.execute("UPDATE node SET explicit = 1 WHERE ino = ?", (ino,))
 
     def set_content(self, ino: int, found: os.stat_result) -> None:
         """What was written here, as it is on this machine."""
-        self.db.execute(
-            f"UPDATE node SET size = ?, mtime_ns = ?, ctime_ns = ?, blocks = ?, residency = ? WHERE {_INODE}",
-            (found.st_size, found.st_mtime_ns, time.time_ns(), found.st_blocks, Residency.DIRTY, ino, ino),
-        )
+        self._set(ino, **_written(found), ctime_ns=time.time_ns(), residency=Residency.DIRTY)
 
     def evicted(self, ino: int) -> None:
         """Its content is in the datastore only."""
-        self.db.execute("UPDATE node SET residency = ?, blocks = NULL WHERE ino = ?", (Residency.STUB, ino))
+        self._known.update(ino, residency=Residency.STUB, blocks=None)
 
     def set_residency(self, ino: int, residency: Residency) -> None:
-        self.db.execute(f"UPDATE node SET residency = ? WHERE {_INODE}", (residency, ino, ino))
+        self._set(ino, residency=residency)
 
     def set_attributes(self, ino: int, change: Change, found: os.stat_result | None = None) -> None:
         """``found``: also what was written so far, as it is on this machine."""
-        size, blocks, mtime_ns = (found.st_size, found.st_blocks, found.st_mtime_ns) if found else (None, None, None)
-        values = change.mode, change.uid, change.gid, change.atime_ns, mtime_ns or change.mtime_ns, size, blocks
-        rows = self.db.execute(_SET_ATTRIBUTES, (*values, time.time_ns(), ino, ino)).fetchall()
-        if len(rows) == 1 and rows[0][0] == rows[0][-1]:  # the inode of one name, its own
-            self._known.learn(node_of(rows[0]))
+        values = change._replace(size=None)._asdict()
+        if found is not None:
+            values |= _written(found)
+        values["ctime_ns"] = time.time_ns()
+        self._set(ino, **{column: value for column, value in values.items() if value is not None})
+
+    def _set(self, ino: int, **values: int) -> None:
+        """Of an inode, under all its names."""
+        node = self.node(ino)
+        if node is None:
+            return
+        if node.is_dir or node.links == 1:
+            self._known.update(ino, **values)
+            return
+        with self.transaction():
+            for (row,) in self.db.execute(f"SELECT ino FROM node WHERE {_INODE}", (ino, ino)).fetchall():
+                self._known.update(row, **values)
 
     def adopt_posix(self, node: Node, entry: IndexEntry) -> bool:
         """Another machine changed attributes of unchanged content; returns whether something is different now."""
@@ -491,6 +487,10 @@ class Catalog:
 
 def _time(entry: IndexEntry) -> int:
     return time.time_ns() if entry.mtime_ns is None else entry.mtime_ns
+
+
+def _written(found: os.stat_result) -> dict[str, int]:
+    return {"size": found.st_size, "blocks": found.st_blocks, "mtime_ns": found.st_mtime_ns}
 
 
 def _base(entry: IndexEntry | None) -> tuple[int | None, str | None, str | None, str | None, str | None]:

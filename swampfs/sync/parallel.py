@@ -20,11 +20,11 @@ async def for_each(
     ``what`` they are, for whoever watches (:mod:`swampfs.sync.tally`); ``""``: not worth it.
     """
     progress = tally.begin(what, len(items))
-    limiter = trio.CapacityLimiter(at_once)
+    left = iter(tuple(items))  # they may change meanwhile
     errors: list[Exception] = []
 
-    async def one(item: T) -> None:
-        async with limiter:
+    async def work() -> None:
+        for item in left:
             try:
                 await fn(item)
             except Exception as error:
@@ -32,6 +32,6 @@ async def for_each(
             progress.done += 1
 
     async with trio.open_nursery() as nursery:
-        for item in items:
-            nursery.start_soon(one, item)
+        for _ in range(min(at_once, len(items))):
+            nursery.start_soon(work)
     return errors
