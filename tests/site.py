@@ -40,6 +40,9 @@ class Site:
         self._relay.kill()
         self._relay.communicate()
         self.proxy.close()
+        for left in Path("/dev/shm").glob("*faketime_s??_*"):  # of processes that were killed
+            if not Path("/proc", left.name.rpartition("_")[2]).exists():
+                left.unlink(missing_ok=True)
 
 
 def _relay(gate: str) -> None:

@@ -297,13 +297,10 @@ class Pusher:
             raise batch.failures[0]
 
     async def _upload_all(self, batch: _Batch, records: Sequence[DirtyPath], transaction: IndexTransaction) -> None:
-        async def one(record: DirtyPath) -> None:
-            entry = await self.uploads.upload(record, transaction.precondition(record.path))
-            if entry is not None:
-                batch.uploads.append(record)
-                batch.entries[record.path] = entry
-
-        batch.failures += await for_each(records, one, at_once=UPLOADS_AT_ONCE)
+        entries, failures = await self.uploads.upload(records, transaction.precondition)
+        batch.uploads += [record for record in records if record.path in entries]
+        batch.entries |= entries
+        batch.failures += failures
 
     async def _clear_the_way(self, batch: _Batch, transaction: IndexTransaction) -> None:
         """In a directory, a file that became a directory (or the reverse) must go before its successor can come."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from swampfs.errors import ConflictingWriteError, PreconditionError, StoreError
+from swampfs.errors import ConflictingWriteError, PreconditionError, StoreError, StoreUnreachableError
 from swampfs.names import RelPath, is_latest_marker, model_of
 from swampfs.provider import ABSENT, ObjectInfo, Precondition
 from swampfs.records import DirtyPath, Finding, IndexEntry, IndexMode, Op, timestamp
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 UPLOADS_AT_ONCE = 32
 _IN_MEMORY = 64 << 10  # bytes of a file whose private copy needs no file
-_IN_A_ROW = 8  # files that go ahead in one thread
+_IN_A_ROW = 8  # small files that one thread uploads
 LARGEST_AHEAD = 1 << 20
 """Bytes of a file that goes ahead: whoever wants to push meanwhile waits for it."""
 
@@ -53,6 +53,13 @@ class _Content(NamedTuple):
     sha256: str
 
 
+class _Sent(NamedTuple):
+    """What the index will say of what is in the store, and the time of its content, in nanoseconds."""
+
+    entry: IndexEntry
+    mtime_ns: int
+
+
 class Uploads:
     """Of one datastore. The writeback task does one thing after the other: a push, or what goes ahead of it."""
 
@@ -65,23 +72,39 @@ class Uploads:
         self._ahead: dict[str, _Ahead] = {}
         self.room = Room()
 
-    async def upload(self, record: DirtyPath, when: Precondition) -> IndexEntry | None:
-        """The entry of what is in the store now for a sealed record.
+    async def upload(
+        self, records: Sequence[DirtyPath], when: Callable[[RelPath], Precondition]
+    ) -> tuple[dict[RelPath, IndexEntry], list[Exception]]:
+        """The entries of what is in the store now for sealed records, by path, and what failed.
 
-        ``None`` if the file was changed, removed or renamed: its newer journal record says what to do.
-        Raises ConflictingWriteError, StoreError, OSError.
+        Files that were changed, removed or renamed are in neither: their newer journal records say what to do.
+        A failure is a ConflictingWriteError, StoreError or OSError.
         """
-        ahead = self._ahead.get(record.path)
-        if ahead is not None and self._is_valid(ahead, record):
-            return ahead.entry._replace(posix=self._parts.posix(record.path, ahead.mtime_ns))
-        try:
-            done = await self._put(record, when)
-        except FileNotFoundError:
-            self._lost(record)
-            return None
-        except PreconditionError:
-            raise ConflictingWriteError(f"{record.path} was changed by another writer just now") from None
-        return None if done is None else done[0]
+        entries: dict[RelPath, IndexEntry] = {}
+        failures: list[Exception] = []
+        left: list[DirtyPath] = []
+        for record in records:
+            ahead = self._ahead.get(record.path)
+            if ahead is not None and self._is_valid(ahead, record):
+                entries[record.path] = ahead.entry._replace(posix=self._parts.posix(record.path, ahead.mtime_ns))
+            else:
+                left.append(record)
+
+        async def send(row: Sequence[DirtyPath]) -> None:
+            for record, answer in await self._send(row, when):
+                match answer:
+                    case _Sent():
+                        entries[record.path] = answer.entry
+                    case FileNotFoundError():
+                        self._lost(record)
+                    case PreconditionError():
+                        changed = f"{record.path} was changed by another writer just now"
+                        failures.append(ConflictingWriteError(changed))
+                    case Exception():
+                        failures.append(answer)
+
+        failures += await for_each(_rows(left), send, at_once=UPLOADS_AT_ONCE)
+        return entries, failures
 
     async def go_ahead(self, paths: Sequence[RelPath], *, until: Callable[[], bool]) -> bool:
         """Upload those that can go ahead, and begin none after ``until``.
@@ -94,12 +117,11 @@ class Uploads:
         self._journal.unseal(record.path for record in sealed if record.base is not None)
         records = [record for record in sealed if record.base is None]
 
-        async def go(records: Sequence[DirtyPath]) -> None:
+        async def go(row: Sequence[DirtyPath]) -> None:
             if not until():
-                await self._go(records)
+                await self._go(row)
 
-        rows = [records[at : at + _IN_A_ROW] for at in range(0, len(records), _IN_A_ROW)]
-        await for_each(rows, go, at_once=UPLOADS_AT_ONCE)
+        await for_each(_rows(records), go, at_once=UPLOADS_AT_ONCE)
         failed = [record.path for record in records if record.path not in self._ahead]
         self._journal.unseal(failed)
         return not failed
@@ -133,50 +155,66 @@ class Uploads:
         return stat is not None and stat.st_size <= LARGEST_AHEAD
 
     async def _go(self, records: Sequence[DirtyPath]) -> None:
-        """Those that are small one after the other in one thread: a hop for each would cost as much as its upload."""
+        locks = {record.path: self._leases.lock_over(record.path) for record in records}
+
+        def when(path: RelPath) -> Precondition | None:
+            lock = locks[path]
+            return ABSENT if lock is not None and self._leases.lock_over(path) is lock else None
+
+        for record, answer in await self._send(records, when):
+            lock = locks[record.path]
+            if isinstance(answer, _Sent) and lock is not None:
+                self._ahead[record.path] = _Ahead(record.generation, lock, answer.mtime_ns, answer.entry)
+            elif answer is not None:
+                log.debug("%s does not go ahead: %s", record.path, answer)
+
+    async def _send(
+        self, records: Sequence[DirtyPath], when: Callable[[RelPath], Precondition | None]
+    ) -> list[tuple[DirtyPath, _Sent | Exception | None]]:
+        """Upload, or say why not. ``None``, or nothing: it was changed meanwhile, or ``when`` has no condition for it.
+
+        Those that are small go one after the other in one thread: a hop for each would cost as much as its upload.
+        """
         threads = self._parts.remote.threads
         contents = await threads.read(Lane.PUSH, lambda: [self._small(record) for record in records])
-        taken = list(zip(records, contents, strict=True))
-        going = [
-            (record, lock, content)
-            for record, content in taken
-            if content is not None
-            and (lock := self._leases.lock_over(record.path)) is not None
-            and self._journal.is_newest(record)
-        ]
-        self._journal.note_sent((record, content.size, content.sha256) for record, _, content in going)
-        bodies = [(self._parts.keys.data(record.path), content.body) for record, _, content in going]
-        answers = await threads.write(Lane.PUSH, self._put_each, bodies)
-        for (record, lock, content), info in zip(going, answers, strict=True):
-            if info is not None:
-                entry = self._entry(record, content, info)
-                self._ahead[record.path] = _Ahead(record.generation, lock, content.mtime_ns, entry)
-        for record, small in taken:
-            if small is None:
-                await self._go_alone(record)
+        going: list[tuple[DirtyPath, _Content, Precondition]] = []
+        alone: list[DirtyPath] = []
+        for record, content in zip(records, contents, strict=True):
+            if content is None:
+                alone.append(record)
+            elif self._journal.is_newest(record) and (condition := when(record.path)) is not None:
+                going.append((record, content, condition))
+        answers: list[tuple[DirtyPath, _Sent | Exception | None]] = []
+        if going:
+            self._journal.note_sent((record, content.size, content.sha256) for record, content, _ in going)
+            puts = [(self._parts.keys.data(record.path), content.body, how) for record, content, how in going]
+            said = await threads.write(Lane.PUSH, self._put_each, puts)
+            for (record, content, _), info in zip(going, said, strict=True):
+                answers.append((record, info if isinstance(info, Exception) else self._sent(record, content, info)))
+        return answers + [(record, await self._send_alone(record, when)) for record in alone]
 
-    async def _go_alone(self, record: DirtyPath) -> None:
-        lock = self._leases.lock_over(record.path)
-        if lock is None:
-            return
+    async def _send_alone(
+        self, record: DirtyPath, when: Callable[[RelPath], Precondition | None]
+    ) -> _Sent | Exception | None:
+        condition = when(record.path)
+        if condition is None:
+            return None
         try:
-            done = await self._put(record, ABSENT)
-        except (StoreError, OSError) as error:
-            log.debug("%s does not go ahead: %s", record.path, error)
-            return
-        if done is not None:
-            entry, mtime_ns = done
-            self._ahead[record.path] = _Ahead(record.generation, lock, mtime_ns, entry)
+            return await self._put(record, condition)
+        except Exception as error:
+            return error
 
-    def _put_each(self, bodies: Sequence[tuple[str, bytes | str]]) -> list[ObjectInfo | None]:
-        """In a thread. ``None`` from what fails on."""
-        answers: list[ObjectInfo | None] = [None] * len(bodies)
-        for at, (key, body) in enumerate(bodies):
+    def _put_each(self, puts: Sequence[tuple[str, bytes | str, Precondition]]) -> list[ObjectInfo | Exception]:
+        """In a thread. What cannot be reached is not asked again."""
+        answers: list[ObjectInfo | Exception] = []
+        for put in puts:
+            if answers and isinstance(answers[-1], StoreUnreachableError):
+                answers.append(answers[-1])
+                continue
             try:
-                answers[at] = self._parts.remote.store.put(key, body, ABSENT)
+                answers.append(self._parts.remote.store.put(*put))
             except (StoreError, OSError) as error:
-                log.debug("%s does not go ahead: %s", key, error)
-                break
+                answers.append(error)
         return answers
 
     def _small(self, record: DirtyPath) -> _Content | None:
@@ -190,16 +228,16 @@ class Uploads:
         body, mtime_ns = found
         return _Content(body, mtime_ns, len(body), hashlib.sha256(body).hexdigest())
 
-    def _entry(self, record: DirtyPath, content: _Content, info: ObjectInfo) -> IndexEntry:
+    def _sent(self, record: DirtyPath, content: _Content, info: ObjectInfo) -> _Sent:
         posix = self._parts.posix(record.path, content.mtime_ns)
         modified, written = info.last_modified, timestamp(content.mtime_ns)
-        return IndexEntry(record.path, content.size, modified, written, content.sha256, posix)
+        entry = IndexEntry(record.path, content.size, modified, written, content.sha256, posix)
+        return _Sent(entry, content.mtime_ns)
 
-    async def _put(self, record: DirtyPath, when: Precondition) -> tuple[IndexEntry, int] | None:
+    async def _put(self, record: DirtyPath, when: Precondition) -> _Sent | None:
         """Upload a private copy, so that size, hash and bytes are of one moment (H26).
 
-        Where there is no room for one, the file itself, which then must not have changed meanwhile. Returns the entry
-        and the time of the content, in nanoseconds.
+        Where there is no room for one, the file itself, which then must not have changed meanwhile.
         """
         parts = self._parts
         staged = parts.cache.stage()
@@ -227,7 +265,7 @@ class Uploads:
             info = await parts.remote.put(parts.keys.data(record.path), content.body, when)
             if content.body == source and not self._journal.is_newest(record):
                 return None  # the object may be of half a change: the newer record replaces it
-            return self._entry(record, content, info), content.mtime_ns
+            return self._sent(record, content, info)
         finally:
             if os.path.lexists(staged):
                 os.unlink(staged)
@@ -244,3 +282,9 @@ class Uploads:
             catalog.read_again(partition)
         finding = Finding(record.path, "content-lost", "its unpushed content is missing from the state directory")
         catalog.report([finding])
+
+
+def _rows(records: Sequence[DirtyPath]) -> list[Sequence[DirtyPath]]:
+    """For one thread each: as few as keep all threads at work, so that many cost less."""
+    each = min(_IN_A_ROW, -(-len(records) // UPLOADS_AT_ONCE))
+    return [records[at : at + each] for at in range(0, len(records), each)] if records else []

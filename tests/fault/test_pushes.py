@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from swampfs.errors import FileError, LeaseLostError, StoreError, SwampfsError
+from swampfs.errors import CircuitOpenError, FileError, LeaseLostError, StoreError, SwampfsError
 from swampfs.provider import ABSENT
 from swampfs.records import LockInfo, Op
 from swampfs.sync.locks import encode_lock
@@ -367,6 +367,52 @@ def test_one_file_that_cannot_be_uploaded_keeps_no_other_back_except_its_latest(
     run(main)
     data = check_bucket(Store(store))
     assert (data[RAW], data[LATEST], data["audit/a.jsonl"]) == (b"one", b"1", b"b\n")
+
+
+def test_of_many_small_files_one_that_cannot_be_uploaded_keeps_no_other_back(store, tmp_path):
+    """Several go in one thread, one after the other."""
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    faulty.faults.append(Fault("put", "files/77", times=99, error=PermanentFailure("not this one")))
+    names = [f"files/{number:02}" for number in range(100)]
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            for name in names:
+                await a.write(name, name.encode())
+            report = await a.push()
+            assert (report.pushed, str(report.failure)) == (99, "not this one")
+            assert set(a.sync.journal) == {"files/77"}
+
+    run(main)
+    data = check_bucket(Store(store))
+    assert {name for name in names if data.get(name) == name.encode()} == {*names} - {"files/77"}
+
+
+def test_a_store_out_of_reach_is_not_asked_for_each_of_many_small_files(store, tmp_path):
+    load(store, FILES, "v2")
+    faulty, asked = FaultyStore(store), set()
+
+    def unreachable(key):
+        asked.add(key)
+        raise CircuitOpenError("no answer")
+
+    names = [f"files/{number:03}" for number in range(200)]
+    faulty.faults += [Fault("put", name, times=99, action=lambda name=name: unreachable(name)) for name in names]
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            for name in names:
+                await a.write(name, b"kept")
+            with pytest.raises(CircuitOpenError):
+                await a.push()
+            assert 0 < len(asked) <= 32, "one of each row"
+            assert set(a.sync.journal) == set(names)
+            faulty.faults.clear()
+            assert (await a.push()).pushed == 200
+
+    run(main)
+    assert set(names) <= set(check_bucket(Store(store)))
 
 
 # --- the user goes on meanwhile -----------------------------------------------------------------------------
