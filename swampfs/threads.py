@@ -49,6 +49,8 @@ class Threads:
         self._writes: set[trio.CancelScope] = set()
         self._idle = trio.Event()
         self._leaving = False
+        self.is_ending = False
+        """Whether the process ends: a thread that does several things begins no further one."""
 
     async def read(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
         """Run something without effects; on cancellation the thread is left to finish alone."""
@@ -73,6 +75,7 @@ class Threads:
 
     async def leave(self, patience_s: float) -> None:
         """The process ends: wait so long for what has effects, then for nothing more, as if it had been killed."""
+        self.is_ending = True
         with trio.move_on_after(patience_s):
             while self._writes:
                 await self._idle.wait()

@@ -206,15 +206,18 @@ class Uploads:
 
     def _put_each(self, puts: Sequence[tuple[str, bytes | str, Precondition]]) -> list[ObjectInfo | Exception]:
         """In a thread. What cannot be reached is not asked again."""
+        remote = self._parts.remote
         answers: list[ObjectInfo | Exception] = []
         for put in puts:
             if answers and isinstance(answers[-1], StoreUnreachableError):
                 answers.append(answers[-1])
-                continue
-            try:
-                answers.append(self._parts.remote.store.put(*put))
-            except (StoreError, OSError) as error:
-                answers.append(error)
+            elif remote.threads.is_ending:
+                answers.append(StoreError("not sent: this process ends"))
+            else:
+                try:
+                    answers.append(remote.store.put(*put))
+                except (StoreError, OSError) as error:
+                    answers.append(error)
         return answers
 
     def _small(self, record: DirtyPath) -> _Content | None:

@@ -415,6 +415,34 @@ def test_a_store_out_of_reach_is_not_asked_for_each_of_many_small_files(store, t
     assert set(names) <= set(check_bucket(Store(store)))
 
 
+def test_who_leaves_during_a_push_of_many_small_files_begins_no_further_upload(store, tmp_path):
+    """Its locks may be given back by then."""
+    load(store, FILES, "v2")
+    faulty, begun, some = FaultyStore(store), [], trio.Event()
+
+    def take_long():
+        begun.append(None)
+        trio.from_thread.run_sync(some.set)
+        time.sleep(0.05)
+
+    faulty.faults.append(Fault("put", "files/", times=999, action=take_long))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            for number in range(200):
+                await a.write(f"files/{number:03}", b"kept")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(a.push)
+                await some.wait()
+                await a.sync.remote.threads.leave(0.0)
+                at_most = len(begun) + 32  # of each thread one may just have been about to begin
+                nursery.cancel_scope.cancel()
+            await trio.sleep(0.4)  # in which all would be sent
+            assert len(begun) <= at_most < 200
+
+    run(main)
+
+
 # --- the user goes on meanwhile -----------------------------------------------------------------------------
 
 
