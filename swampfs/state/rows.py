@@ -107,6 +107,7 @@ class Known:
         return node
 
     def _look(self) -> None:
-        if self._since != self._db.total_changes or len(self._nodes) + len(self._rows) >= _MOST_KNOWN:
+        many = len(self._nodes) + len(self._rows) + len(self._clean) >= _MOST_KNOWN
+        if many or self._since != self._db.total_changes:
             self._nodes, self._rows, self._clean = {}, {}, {}
             self._since = self._db.total_changes

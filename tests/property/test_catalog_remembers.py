@@ -121,6 +121,25 @@ Remembering.TestCase.settings = settings(max_examples=150, stateful_step_count=3
 TestRemembering = Remembering.TestCase
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda catalog, ino: catalog.node(ino),
+        lambda catalog, ino: catalog.child(ROOT_INO, f"f{ino}"),
+        lambda catalog, ino: catalog.clean_content(ino),
+    ],
+    ids=["attributes", "name", "content"],
+)
+def test_what_is_remembered_is_bounded(asked, monkeypatch, look):
+    monkeypatch.setattr("swampfs.state.rows._MOST_KNOWN", 20)
+    catalog, said = asked
+    first, *others = [catalog.add(RelPath(f"f{number}"), Kind.FILE, mode=0o644).ino for number in range(3, 53)]
+    for ino in (first, first, *others, first):
+        said.clear()
+        look(catalog, ino)
+    assert said == ["SELECT"], "it was forgotten"
+
+
 @pytest.fixture
 def asked():
     """A catalog with a directory, and what it asks its database."""
