@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import random
@@ -415,6 +416,8 @@ def test_a_small_file_is_fetched_whole(tmp_path):
 
 
 def descriptors():
+    gc.collect()  # of tests before this one
+    gc.collect()  # of tests before this one
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -466,7 +469,7 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path, error, monkeypatc
         for _ in range(3):
             with pytest.raises(type(error)):
                 await node.sync.hydrate_file(NAME)
-        assert descriptors() == before
+        assert descriptors() <= before
         assert os.listdir(tmp_path / "a/staging") == []
 
     run(tmp_path, RetryingStore(store, attempts=1), main)
@@ -483,7 +486,7 @@ def test_a_catalog_that_fails_at_the_last_step_costs_that_download_only(tmp_path
                 await node.sync.hydrate_file(NAME)
         await node.sync.hydrate_file(NAME)
         assert residency(node) is Residency.CLEAN
-        assert descriptors() == before
+        assert descriptors() <= before
 
     run(tmp_path, store, main)
 
@@ -503,7 +506,7 @@ def test_what_was_read_of_a_replaced_file_goes_with_its_last_reader(tmp_path, mo
             await trio.lowlevel.checkpoint()
             node.fs.files.release(reader)
         await trio.sleep(0.1)
-        assert descriptors() == before
+        assert descriptors() <= before
         assert os.listdir(tmp_path / "a/staging") == []
 
     run(tmp_path, store, main)
@@ -581,6 +584,6 @@ def test_an_entry_of_an_absurd_size_costs_nothing(tmp_path):
         before = descriptors()
         with pytest.raises(IntegrityError, match="its index says"):
             await open_it(node)
-        assert descriptors() == before
+        assert descriptors() <= before
 
     run(tmp_path, store, main)
