@@ -186,7 +186,7 @@ class Uploads:
                 going.append((record, content, condition))
         answers: list[tuple[DirtyPath, _Sent | Exception | None]] = []
         if going:
-            self._journal.note_sent((record, content.size, content.sha256) for record, content, _ in going)
+            self._journal.note_sent([(record, content.size, content.sha256) for record, content, _ in going])
             puts = [(self._parts.keys.data(record.path), content.body, how) for record, content, how in going]
             said = await threads.write(Lane.PUSH, self._put_each, puts)
             for (record, content, _), info in zip(going, said, strict=True):

@@ -120,7 +120,7 @@ def test_an_unmount_during_any_fault_ends_in_time_and_keeps_what_is_not_pushed(f
         left["files/new"] = b"new"
     began = time.monotonic()
     done = machine.run("umount", "--timeout", "2s", str(machine.path), check=False)
-    assert time.monotonic() - began < 2 + BOUND_S
+    assert time.monotonic() - began < 10, "twice its timeout, and what a busy machine needs to start and end Python"
     pid = machine.pid()
     if machine.is_mounted():
         assert done.returncode != 0 and "not pushed" in done.stderr
