@@ -417,7 +417,6 @@ def test_a_small_file_is_fetched_whole(tmp_path):
 
 def descriptors():
     gc.collect()  # of tests before this one
-    gc.collect()  # of tests before this one
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -418,12 +419,12 @@ def test_a_store_out_of_reach_is_not_asked_for_each_of_many_small_files(store, t
 def test_who_leaves_during_a_push_of_many_small_files_begins_no_further_upload(store, tmp_path):
     """Its locks may be given back by then."""
     load(store, FILES, "v2")
-    faulty, begun, some = FaultyStore(store), [], trio.Event()
+    faulty, begun, some, gate = FaultyStore(store), [], trio.Event(), threading.Event()
 
     def take_long():
         begun.append(None)
         trio.from_thread.run_sync(some.set)
-        time.sleep(0.05)
+        gate.wait(10)
 
     faulty.faults.append(Fault("put", "files/", times=999, action=take_long))
 
@@ -435,10 +436,10 @@ def test_who_leaves_during_a_push_of_many_small_files_begins_no_further_upload(s
                 nursery.start_soon(a.push)
                 await some.wait()
                 await a.sync.remote.threads.leave(0.0)
-                at_most = len(begun) + 32  # of each thread one may just have been about to begin
+                gate.set()
                 nursery.cancel_scope.cancel()
-            await trio.sleep(0.4)  # in which all would be sent
-            assert len(begun) <= at_most < 200
+            await trio.sleep(0.2)  # in which all would be sent
+            assert 0 < len(begun) <= 32, "one of each thread"
 
     run(main)
 
