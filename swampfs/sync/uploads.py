@@ -95,7 +95,7 @@ class Uploads:
                 match answer:
                     case _Sent():
                         entries[record.path] = answer.entry
-                    case FileNotFoundError():
+                    case FileNotFoundError() if not self._is_here(record):
                         self._lost(record)
                     case PreconditionError():
                         changed = f"{record.path} was changed by another writer just now"
@@ -272,6 +272,10 @@ class Uploads:
         finally:
             if os.path.lexists(staged):
                 os.unlink(staged)
+
+    def _is_here(self, record: DirtyPath) -> bool:
+        """Whether what is to be sent is on this machine: then it was the store that missed something."""
+        return self._journal.is_newest(record) and os.path.lexists(self._parts.cache.path(record.path))
 
     def _lost(self, record: DirtyPath) -> None:
         """There is nothing to upload. If no newer record explains it, the content is gone: say so, do not ask again."""

@@ -390,6 +390,25 @@ def test_of_many_small_files_one_that_cannot_be_uploaded_keeps_no_other_back(sto
     assert {name for name in names if data.get(name) == name.encode()} == {*names} - {"files/77"}
 
 
+@pytest.mark.parametrize("size", [10, 100_000], ids=["small", "large"])
+def test_what_a_store_cannot_find_is_not_taken_for_lost_content(store, tmp_path, size):
+    """A directory datastore that is not mounted, for one, has no such directory."""
+    load(store, FILES, "v2")
+    faulty = FaultyStore(store)
+    faulty.faults.append(Fault("put", "files/new", times=1, error=FileNotFoundError(2, "no such directory")))
+
+    async def main():
+        async with machine(faulty, tmp_path / "a") as a:
+            await a.write("files/new", b"x" * size)
+            with pytest.raises(FileNotFoundError):
+                await a.push()
+            assert set(a.sync.journal) == {"files/new"}
+            assert (await a.push()).pushed == 1
+
+    run(main)
+    assert check_bucket(Store(store))["files/new"] == b"x" * size
+
+
 def test_a_store_out_of_reach_is_not_asked_for_each_of_many_small_files(store, tmp_path):
     load(store, FILES, "v2")
     faulty, asked = FaultyStore(store), set()
