@@ -31,9 +31,20 @@ class ObjectInfo(NamedTuple):
     last_modified: str  # wire timestamp of the store's clock; '' where only `head` and `list` tell
 
 
+Take = Callable[[int, memoryview], object]
+"""Is given bytes as they come, each time with their offset in the object. They are gone when it returns."""
+
+
 class Blob(NamedTuple):
     body: bytes
     info: ObjectInfo
+
+    def given(self, offset: int, take: Take | None) -> Blob:
+        """Itself; or without its body, which was given to ``take``."""
+        if take is None:
+            return self
+        take(offset, memoryview(self.body))
+        return self._replace(body=b"")
 
 
 class Precondition(NamedTuple):
@@ -70,10 +81,11 @@ class ObjectStore(Protocol):
     def download(self, key: str, target: str) -> ObjectInfo:
         """Write the body to the file ``target``, truncating it; a failed call leaves garbage there."""
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         """So many bytes from somewhere within an object, and its ETag; if none was given, also the size of the whole.
 
-        Raises PreconditionError if it does not have that ETag.
+        ``take`` is given the bytes instead of the blob, in order, as early as the store can; from the first again if
+        the request is repeated. Raises PreconditionError if it does not have that ETag, and what ``take`` raises.
         """
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from swampfs.datastore import ObjectStoreProvider
-from swampfs.provider import ALWAYS, AbortSignal, Blob, ObjectInfo, ObjectStore, Precondition
+from swampfs.provider import ALWAYS, AbortSignal, Blob, ObjectInfo, ObjectStore, Precondition, Take
 from swampfs.sync.cache.service import CacheSyncService
 from swampfs.testing.faults import Fault, FaultyStore, When
 from swampfs.testing.memory import MemoryStore
@@ -45,9 +45,9 @@ class Recorder:
         self.log.append(("get", key))
         return self._inner.download(key, target)
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         self.log.append(("get", key))
-        return self._inner.part(key, offset, size, etag=etag)
+        return self._inner.part(key, offset, size, etag=etag, take=take)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         self.log.append(("put", key))

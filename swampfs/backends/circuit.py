@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from swampfs.errors import CircuitOpenError, StoreError, StoreUnreachableError
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition, Probed
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition, Probed, Take
 
 T = TypeVar("T")
 
@@ -109,9 +109,9 @@ class CircuitStore:
         self._require_closed()
         return self._watched(lambda: self._inner.download(key, target))
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         self._require_closed()
-        return self._watched(lambda: self._inner.part(key, offset, size, etag=etag))
+        return self._watched(lambda: self._inner.part(key, offset, size, etag=etag, take=take))
 
     def _require_closed(self) -> None:
         since = self.open_since

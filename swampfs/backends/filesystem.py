@@ -24,7 +24,7 @@ from swampfs.errors import (
     StoreFullError,
 )
 from swampfs.names import is_scratch
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition, Take
 from swampfs.records import timestamp
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class FilesystemStore:
 
         return self._call("read", key, transfer)
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         def read() -> Blob:
             with open(self._open(key), "rb") as file:
                 info = _info(key, os.fstat(file.fileno()))
@@ -77,7 +77,7 @@ class FilesystemStore:
                 file.seek(offset)
                 return Blob(file.read(size), info)
 
-        return self._call("read", key, read)
+        return self._call("read", key, read).given(offset, take)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._call("write", key, lambda: self._put(key, body, when))

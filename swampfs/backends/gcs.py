@@ -33,7 +33,7 @@ from swampfs.errors import (
     StoreError,
     StoreUnreachableError,
 )
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition, Take
 from swampfs.records import timestamp
 from swampfs.settings import Source
 
@@ -103,7 +103,7 @@ class GcsStore:
 
         return self._call("get", key, transfer)
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         blob = self._bucket.blob(key)
 
         def read() -> Blob:
@@ -117,7 +117,7 @@ class GcsStore:
             modified = timestamp(stored_us * 1000) if stored_us else ""
             return Blob(body, ObjectInfo(key, int(blob.size or 0), str(blob.generation or ""), modified))
 
-        return self._call("get", key, read)
+        return self._call("get", key, read).given(offset, take)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         blob = self._bucket.blob(key)

@@ -16,7 +16,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from swampfs.errors import AbsentError, CircuitOpenError, PreconditionError, StoreError
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition, Take
 from swampfs.threads import abort_signal
 
 T = TypeVar("T")
@@ -87,8 +87,8 @@ class RetryingStore:
     def download(self, key: str, target: str) -> ObjectInfo:
         return self._call(lambda: self._inner.download(key, target))
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
-        return self._call(lambda: self._inner.part(key, offset, size, etag=etag))
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
+        return self._call(lambda: self._inner.part(key, offset, size, etag=etag, take=take))
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._call(lambda: self._inner.put(key, body, when))

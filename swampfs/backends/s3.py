@@ -38,8 +38,9 @@ from botocore.exceptions import (
 )
 
 from swampfs.backends.answers import PREVIEW_BYTES, answer_text
+from swampfs.backends.connection import Answer
 from swampfs.backends.s3_parts import PART, put_in_parts
-from swampfs.backends.s3_wire import Answer, Key, Unanswered, Wire
+from swampfs.backends.s3_wire import Key, Unanswered, Wire
 from swampfs.errors import (
     AbsentError,
     AccessDeniedError,
@@ -54,7 +55,7 @@ from swampfs.errors import (
     StoreFullError,
     StoreUnreachableError,
 )
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition, Take
 from swampfs.records import timestamp
 from swampfs.settings import Source
 
@@ -142,10 +143,10 @@ class S3Store:
 
             return self._call("get", key, transfer)
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         last = offset + size - 1
         demand = {"Range": f"bytes={offset}-{last}", **({"If-Match": f'"{etag}"'} if etag else {})}
-        answer = self._wired("get", key, lambda wire: wire.get(key, demand))
+        answer = self._wired("get", key, lambda wire: wire.get_range(key, demand, offset, take))
         if answer is not None:
             whole = answer.headers.get("content-range", "").rpartition("/")[2]
             info = _wire_info(key, answer, int(whole) if whole.isdigit() else len(answer.body))
@@ -158,7 +159,7 @@ class S3Store:
             body = response["Body"].read()
             return Blob(body, _info(key, response)._replace(size=int(whole) if whole.isdigit() else len(body)))
 
-        return self._call("get", key, read)
+        return self._call("get", key, read).given(offset, take)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         if isinstance(body, bytes) and len(body) <= _SMALL:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from html import unescape
 
-from swampfs.backends.s3_wire import Answer, Unanswered, Wire
+from swampfs.backends.connection import Answer
+from swampfs.backends.s3_wire import Unanswered, Wire
 
 PART = 64 << 20
 _MOST_PARTS = 10_000

@@ -9,44 +9,39 @@ here: :mod:`swampfs.backends.retry` decides.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
-import io
 import os
 import re
 import socket
 import ssl
-import sys
-import termios
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
-from xml.sax.saxutils import unescape
+
+from swampfs.backends.connection import (
+    CHUNK,
+    Answer,
+    Connection,
+    Reading,
+    SinkFailed,
+    read_answer,
+    to_file,
+    to_taker,
+    whole_body,
+)
+from swampfs.provider import Take
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _SKEW_S = 240.0  # a store accepts a quarter of an hour
 _IDLE_S = 4.0  # servers drop idle connections; a request must not be the one to find out
-_CHUNK = 1 << 18
-_IN_ONE_PIECE = 64 << 20  # a length that may be believed before the bytes come
-_LINE = 1 << 16
-_CONNECT_S = 5.0
-_SLOWEST = 16 << 10  # bytes per second of an answer
-_OPTIONS = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-)
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _ENCRYPTION = "x-amz-server-side-encryption"
-_FIELD = re.compile(rb"<(Code|Message|RequestId)>([^<]*)</")
 
 
 class Key(NamedTuple):
@@ -55,15 +50,6 @@ class Key(NamedTuple):
     access: str
     secret: str
     token: str
-
-
-class Answer(NamedTuple):
-    """A response. Header names are lower case; ``error`` is the parsed XML of a refusal."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    error: Mapping[str, str] = {}
 
 
 class _Request(NamedTuple):
@@ -90,7 +76,7 @@ class _Request(NamedTuple):
         offset, left = self.piece or (0, self.size())
         with open(self.file, "rb", buffering=0) as file:
             file.seek(offset)
-            while left and (chunk := file.read(min(left, _CHUNK))):
+            while left and (chunk := file.read(min(left, CHUNK))):
                 left -= len(chunk)
                 yield chunk
 
@@ -102,14 +88,6 @@ class _Request(NamedTuple):
 
 class Unanswered(Exception):
     """No complete response came; the request may have been applied."""
-
-
-class _SinkFailed(Exception):
-    """The local disk's fault, not the network's; its cause says what."""
-
-
-class _MalformedError(ValueError):
-    """Not a complete HTTP response."""
 
 
 class Wire:
@@ -128,8 +106,8 @@ class Wire:
         self._tls = None
         if parts.scheme == "https":
             self._tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE") or None)
-        self._idle: deque[tuple[float, _Connection]] = deque()
-        self._busy: set[_Connection] = set()
+        self._idle: deque[tuple[float, Connection]] = deque()
+        self._busy: set[Connection] = set()
         self._signing: tuple[str, bytes] = ("", b"")
         self._hashed: set[str] = set()  # kinds of encryption under which an ETag is the MD5 of the content
         self.ahead_s = 0.0
@@ -144,7 +122,7 @@ class Wire:
 
     def get(self, key: str, headers: Mapping[str, str], sink: BinaryIO | None = None) -> Answer:
         """A successful body goes to ``sink`` if there is one. Raises Unanswered, also if a body is not what was put."""
-        answer = self._request("GET", key, headers, b"", sink)
+        answer = self._send(_Request("GET", self._path(key), "", headers, b""), to_file(sink) if sink else whole_body)
         if sink is None and answer.status == 200 and not self._is_as_put(answer):
             raise Unanswered(f"{self._origin}: the body does not have the hash that its ETag says")
         return answer
@@ -159,41 +137,46 @@ class Wire:
             self._hashed.add(kind)
         return same or kind not in self._hashed
 
+    def get_range(self, key: str, headers: Mapping[str, str], offset: int, take: Take | None) -> Answer:
+        """What the headers demand from that offset on goes to ``take``, if that is what comes. Raises Unanswered."""
+        request = _Request("GET", self._path(key), "", headers, b"")
+        return self._send(request, to_taker(offset, take) if take else whole_body)
+
     def put(self, key: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Raises Unanswered."""
-        return self._request("PUT", key, headers, body, None)
+        return self._send(_Request("PUT", self._path(key), "", headers, body))
 
     def put_file(self, key: str, headers: Mapping[str, str], path: str) -> Answer:
         """Raises Unanswered, OSError of the file."""
-        return self._send(_Request("PUT", self._path(key), "", headers, b"", path), None)
+        return self._send(_Request("PUT", self._path(key), "", headers, b"", path))
 
     def put_part(self, key: str, query: str, path: str, piece: tuple[int, int]) -> Answer:
         """A piece (offset, length) of a file, as a part of an upload. Raises Unanswered, OSError of the file."""
-        return self._send(_Request("PUT", self._path(key), query, {}, b"", path, piece), None)
+        return self._send(_Request("PUT", self._path(key), query, {}, b"", path, piece))
 
     def post(self, key: str, query: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Raises Unanswered."""
-        return self._send(_Request("POST", self._path(key), query, headers, body), None)
+        return self._send(_Request("POST", self._path(key), query, headers, body))
 
     def delete_upload(self, key: str, query: str) -> Answer:
         """Raises Unanswered."""
-        return self._send(_Request("DELETE", self._path(key), query, {}, b""), None)
+        return self._send(_Request("DELETE", self._path(key), query, {}, b""))
 
     def delete(self, key: str, headers: Mapping[str, str]) -> Answer:
         """Raises Unanswered."""
-        return self._request("DELETE", key, headers, b"", None)
+        return self._send(_Request("DELETE", self._path(key), "", headers, b""))
 
     def head(self, key: str) -> Answer:
         """Raises Unanswered."""
-        return self._request("HEAD", key, {}, b"", None)
+        return self._send(_Request("HEAD", self._path(key), "", {}, b""))
 
     def head_bucket(self) -> Answer:
         """Raises Unanswered."""
-        return self._send(self._of_bucket(), None)
+        return self._send(self._of_bucket())
 
     def probe(self, timeout_s: float) -> Answer:
         """As :meth:`head_bucket`, on a connection and with a timeout of its own. Raises Unanswered."""
-        return self._send_once(self._of_bucket(), _EMPTY_SHA256, None, timeout_s)
+        return self._send_once(self._of_bucket(), _EMPTY_SHA256, whole_body, timeout_s)
 
     def silent_s(self) -> float:
         """For how long the request that waits longest has heard nothing; 0 if none is under way."""
@@ -214,26 +197,23 @@ class Wire:
     def list_page(self, query: Mapping[str, str]) -> Answer:
         """``ListObjectsV2`` of the bucket. Raises Unanswered."""
         encoded = "&".join(f"{name}={quote(query[name], safe='-._~')}" for name in sorted(query))
-        return self._send(_Request("GET", self._root or "/", encoded, {}, b""), None)
-
-    def _request(self, method: str, key: str, headers: Mapping[str, str], body: bytes, sink: BinaryIO | None) -> Answer:
-        return self._send(_Request(method, self._path(key), "", headers, body), sink)
+        return self._send(_Request("GET", self._root or "/", encoded, {}, b""))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{quote(key, safe='/-._~')}"
 
-    def _send(self, request: _Request, sink: BinaryIO | None) -> Answer:
+    def _send(self, request: _Request, read: Reading | None = None) -> Answer:
         """Once; and once more if the store says that one of the two clocks is wrong."""
-        digest = request.digest()
-        answer = self._send_once(request, digest, sink)
+        digest, read = request.digest(), read or whole_body
+        answer = self._send_once(request, digest, read)
         if answer.status == 403:
             there = _moment(answer.headers.get("date", ""))
             if there is not None and abs(there - time.time() - self.ahead_s) > _SKEW_S:
                 self.ahead_s = there - time.time()
-                return self._send_once(request, digest, sink)
+                return self._send_once(request, digest, read)
         return answer
 
-    def _send_once(self, request: _Request, digest: str, sink: BinaryIO | None, apart_s: float | None = None) -> Answer:
+    def _send_once(self, request: _Request, digest: str, read: Reading, apart_s: float | None = None) -> Answer:
         """``apart_s``: on a connection that nobody else gets, with this timeout."""
         head = self._sign(request, digest)
         if request.method in ("PUT", "POST"):
@@ -250,10 +230,10 @@ class Wire:
             except (BrokenPipeError, ConnectionResetError):
                 refused = True  # perhaps with an answer, before it had heard everything
             connection.begin_answer()
-            answer = _read(connection, sink, bodiless=request.method == "HEAD")
+            answer = read_answer(connection, read, bodiless=request.method == "HEAD")
             if refused and answer.status < 300:
                 raise ConnectionResetError("the connection was closed while the request was sent")
-        except _SinkFailed as failure:
+        except SinkFailed as failure:
             connection.close()
             assert failure.__cause__ is not None
             raise failure.__cause__ from None
@@ -273,7 +253,7 @@ class Wire:
             self._idle.append((time.monotonic(), connection))
         return answer
 
-    def _connection(self) -> _Connection:
+    def _connection(self) -> Connection:
         now = time.monotonic()
         while self._idle:
             try:
@@ -285,9 +265,9 @@ class Wire:
             connection.close()
         return self._connect(self._timeout_s)
 
-    def _connect(self, timeout_s: float) -> _Connection:
+    def _connect(self, timeout_s: float) -> Connection:
         try:
-            return _Connection(self._address, timeout_s, self._tls)
+            return Connection(self._address, timeout_s, self._tls)
         except OSError as error:
             raise Unanswered(f"{self._origin}: {error or type(error).__name__}") from error
 
@@ -324,82 +304,19 @@ class Wire:
         return derived
 
 
-def _close_all(idle: deque[tuple[float, _Connection]]) -> None:
+def _close_all(idle: deque[tuple[float, Connection]]) -> None:
     while idle:
         with contextlib.suppress(IndexError):
             idle.pop()[1].close()
 
 
-class _Connection(io.RawIOBase):
-    """A kept-alive connection. Requests on it are strictly one after the other.
-
-    It is what its own reader reads from: a pause is as long as the timeout at most, and a whole answer takes no longer
-    than that plus what its bytes take at the slowest pace.
-    """
-
-    def __init__(self, address: tuple[str, int], timeout_s: float, tls: ssl.SSLContext | None) -> None:
-        self._timeout_s = timeout_s
-        self.socket: socket.socket = socket.create_connection(address, timeout=min(timeout_s, _CONNECT_S))
-        for level, option, value in _OPTIONS:
-            self.socket.setsockopt(level, option, value)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
-        if tls is not None:
-            self.socket = tls.wrap_socket(self.socket, server_hostname=address[0])
-        self.reader: Any = io.BufferedReader(self, _CHUNK)
-        self.heard_at = time.monotonic()
-        """When a byte came, or went, last."""
-        self._give_up_at = 0.0
-        self._allowed_s = -1.0  # for one call; to say so again is a system call for each record of TLS
-        self._unsent = 0  # bytes, as of the last look
-
-    def silent_s(self) -> float:
-        """For how long nothing has come, nor gone: what we sent may take a while to leave."""
-        with contextlib.suppress(OSError, ValueError):  # closed just now
-            waiting = int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
-            if waiting != self._unsent:
-                self._unsent, self.heard_at = waiting, time.monotonic()
-        return time.monotonic() - self.heard_at
-
-    def send(self, data: bytes) -> None:
-        """All of it, within the timeout."""
-        self._allow(self._timeout_s)
-        self.socket.sendall(data)
-        self.heard_at = time.monotonic()
-
-    def begin_answer(self) -> None:
-        """What comes from now on answers one request."""
-        self._give_up_at = time.monotonic() + self._timeout_s
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left_s = self._give_up_at - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("the answer came too slowly")
-        self._allow(min(left_s, self._timeout_s))
-        got = self.socket.recv_into(buffer)
-        self.heard_at = time.monotonic()
-        self._give_up_at += got / _SLOWEST
-        return got
-
-    def _allow(self, timeout_s: float) -> None:
-        if timeout_s != self._allowed_s:
-            self.socket.settimeout(timeout_s)
-            self._allowed_s = timeout_s
-
-    def close(self) -> None:
-        self.socket.close()
-        super().close()
-
-
-def _send_file(connection: _Connection, request: _Request) -> None:
+def _send_file(connection: Connection, request: _Request) -> None:
     chunks = request.chunks()
     while True:
         try:
             chunk = next(chunks, b"")
         except OSError as error:
-            raise _SinkFailed from error
+            raise SinkFailed from error
         if not chunk:
             return
         connection.send(chunk)
@@ -411,78 +328,3 @@ def _moment(date: str) -> float | None:
         return parsedate_to_datetime(date).timestamp()
     except ValueError:
         return None
-
-
-def _read(connection: _Connection, sink: BinaryIO | None, *, bodiless: bool) -> Answer:
-    """One response (RFC 9112): a body of known length, in chunks, or up to the end of the connection."""
-    reader = connection.reader
-    status = 100
-    while 100 <= status < 200:
-        line = reader.readline(_LINE)
-        if not line.startswith(b"HTTP/1.") or len(line) < 12:
-            raise _MalformedError(f"not a response: {line[:40]!r}" if line else "the connection was closed")
-        status = int(line[9:12])
-        headers = _read_headers(reader)
-    if line.startswith(b"HTTP/1.0"):
-        headers["connection"] = "close"
-    if status in (204, 304) or bodiless:
-        return Answer(status, {"content-length": "0", **headers}, b"")
-    if status >= 300:
-        body = b"".join(_pieces(reader, headers))
-        found = {name.decode(): unescape(value.decode("utf-8", "replace")) for name, value in _FIELD.findall(body)}
-        return Answer(status, headers, body, found)
-    if sink is None:
-        return Answer(status, headers, _body(reader, headers))
-    for piece in _pieces(reader, headers):
-        try:
-            sink.write(piece)
-        except OSError as error:
-            raise _SinkFailed from error
-        connection.heard_at = time.monotonic()  # a slow disk is not a silent network
-    return Answer(status, headers, b"")
-
-
-def _read_headers(reader: io.BufferedReader) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    while (line := reader.readline(_LINE)) not in (b"\r\n", b"\n"):
-        if not line.endswith(b"\n"):
-            raise _MalformedError("the headers end in mid-line")
-        name, _, value = line.decode("latin-1").partition(":")
-        headers[name.strip().lower()] = value.strip()
-    return headers
-
-
-def _body(reader: io.BufferedReader, headers: Mapping[str, str]) -> bytes:
-    size = int(headers.get("content-length", "0"))
-    if not _CHUNK < size <= _IN_ONE_PIECE or "transfer-encoding" in headers:
-        return b"".join(_pieces(reader, headers))
-    body, done = bytearray(size), 0
-    view = memoryview(body)
-    while done < size:
-        got = reader.readinto(view[done:])
-        if not got:
-            raise _MalformedError(f"the connection was closed {size - done} bytes early")
-        done += got
-    return cast(bytes, body)  # nobody changes it, and a copy would cost as much as the request
-
-
-def _pieces(reader: io.BufferedReader, headers: Mapping[str, str]) -> Iterator[bytes]:
-    if headers.get("transfer-encoding", "").lower().endswith("chunked"):
-        while size := int(reader.readline(_LINE).partition(b";")[0].strip() or b"-", 16):
-            yield from _exactly(reader, size)
-            reader.readline(_LINE)
-        _read_headers(reader)
-    elif "content-length" in headers:
-        yield from _exactly(reader, int(headers["content-length"]))
-    else:
-        while piece := reader.read1(_CHUNK):
-            yield piece
-
-
-def _exactly(reader: io.BufferedReader, size: int) -> Iterator[bytes]:
-    while size:
-        piece = reader.read1(min(size, _CHUNK))
-        if not piece:
-            raise _MalformedError(f"the connection was closed {size} bytes early")
-        size -= len(piece)
-        yield piece

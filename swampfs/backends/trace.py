@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from swampfs.errors import SwampfsError
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition, Take
 from swampfs.spans import span
 
 T = TypeVar("T")
@@ -62,8 +62,8 @@ class TracingStore:
     def download(self, key: str, target: str) -> ObjectInfo:
         return self._traced("download", key, lambda: self._inner.download(key, target))
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
-        return self._traced("part", key, lambda: self._inner.part(key, offset, size, etag=etag))
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
+        return self._traced("part", key, lambda: self._inner.part(key, offset, size, etag=etag, take=take))
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._traced("put", key, lambda: self._inner.put(key, body, when))

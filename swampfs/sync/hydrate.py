@@ -131,7 +131,7 @@ class Hydrator:
         path = coming.entry.path
         if self._coming.get(path) is coming:
             flight = self._flights.get(path)
-            if flight is not None and not flight.waiting and not coming.is_fetched:
+            if flight is not None and not flight.waiting and not coming.readers and not coming.is_fetched:
                 coming.stop()
             await trio.sleep(_LINGER_S)
         if not coming.readers and not coming.is_fetching:
@@ -147,7 +147,7 @@ class Hydrator:
     def _incoming(self, entry: IndexEntry) -> Incoming:
         """The one under way, or a new one."""
         coming = self._coming.get(entry.path)
-        if coming is None or coming.entry != entry or coming.problem is not None:
+        if coming is None or coming.entry != entry or coming.problem is not None or coming.is_stopped:
             key, staged = self._keys.data(entry.path), self._cache.stage()
             coming = self._coming[entry.path] = Incoming(self._remote, key, entry, staged, self.room)
         return coming

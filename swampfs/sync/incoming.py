@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -32,13 +32,14 @@ LARGE = 8 << 20
 """Bytes from which on a file is fetched in parts."""
 PART = 256 << 10
 _RUN = 16  # parts in one request when all are wanted
-_AT_ONCE = 8  # such requests
+_AT_ONCE = 12  # such requests
 _SHIFT = 4096  # bytes by which the range of a second request differs
 _COPIES = 4  # that are asked for until two agree
 _PATIENCE_S = 2.0  # for the whole to be here, before parts of it are asked for twice
 _SEQUENTIAL = 2  # requests for further parts in order, after which all are wanted
 _SOON = 64 << 20  # bytes that are hashed in no time worth mentioning
 _AT_A_TIME = 16 << 20  # bytes that are hashed
+_BEHIND = 256 << 20  # bytes by which the hash may be behind, so that who reads does not wait for it
 _TOLERANCE_NS = 5_000_000_000  # between the clocks of the store and of who wrote the index
 
 _HERE, _SURE = 1, 2
@@ -61,7 +62,7 @@ class Incoming:
         self._parts = bytearray()  # 0, _HERE or _SURE, each; of none until the object has the size that is said
         self._beginning = trio.Lock()
         self._digest, self._hashed, self._is_hashing = hashlib.sha256(), 0, False  # up to an offset
-        self._flights: dict[int, trio.Event] = {}  # part → is being fetched
+        self._flights: dict[int, trio.lowlevel.ParkingLot] = {}  # part → who waits for something of its request
         self._etag = ""
         self.may_be_early = False
         """Whether parts may be given out before the whole is here."""
@@ -69,6 +70,8 @@ class Incoming:
         self._in_order = 0
         self._began: float | None = None  # to fetch all of it
         self._fetching = trio.CancelScope()
+        self.is_stopped = False
+        """Threads may still write to ``staged``, so that it must not become content any more."""
         self.done = trio.Event()
         """All of it is here and right, or :attr:`problem` says why not."""
         self.problem: Exception | None = None
@@ -179,9 +182,9 @@ class Incoming:
                 return
             flight = self._flights.get(part)
             if flight is not None:
-                await flight.wait()
+                await flight.park()
                 continue
-            with self._flying((part,)):
+            with self._flying(range(part, part + 1)):
                 await self._make_sure(part)
 
     async def _make_sure(self, part: int) -> None:
@@ -220,10 +223,6 @@ class Incoming:
             raise failed[0]
         return answers
 
-    async def _ask(self, first: int, count: int) -> Blob:
-        start = first * PART
-        return await self._get(start, min(self.entry.size, start + count * PART) - start)
-
     async def _get(self, offset: int, size: int) -> Blob:
         store, key = self._remote.store, self._key
         blob = await self._remote.threads.read(Lane.HYDRATE, lambda: store.part(key, offset, size, etag=self._etag))
@@ -250,6 +249,8 @@ class Incoming:
     async def fetch_all(self) -> None:
         """Return when all of it is here and right. Raises what keeps it from being so, or StoppedError."""
         if not self.done.is_set():
+            if self.is_stopped:
+                raise StoppedError(f"{self.entry.path} is not fetched any more")
             self._began, self._fetching = time.monotonic(), trio.CancelScope()
             try:
                 with self._fetching:
@@ -266,7 +267,8 @@ class Incoming:
             raise self.problem
 
     def stop(self) -> None:
-        """Do not fetch all of it any more."""
+        """Do not fetch all of it any more. Who wants it has to begin anew."""
+        self.is_stopped = True
         self._fetching.cancel()
 
     async def _fetch_and_verify(self) -> None:
@@ -301,34 +303,68 @@ class Incoming:
             if self._parts[first]:
                 first += 1
             elif first in self._flights:
-                await self._flights[first].wait()
+                await self._flights[first].park()
             else:
                 end = first + 1
                 while end < last and not self._parts[end] and end not in self._flights:
                     end += 1
-                with self._flying(range(first, end)):
-                    blob = await self._ask(first, end - first)
-                    await self._write(first, blob.body, _HERE)
-                await self._hash_on()
+                with self._flying(range(first, end)) as flight:
+                    await self._stream(first, end, flight)
+                await self._hash_on(behind=_BEHIND if self.readers else 0)
+
+    async def _stream(self, first: int, end: int, flight: trio.lowlevel.ParkingLot) -> None:
+        """Fetch parts by one request; each is here as soon as it has come. If the disk is full, only some may be."""
+        loop = trio.lowlevel.current_trio_token()
+        store, start, stop = self._remote.store, first * PART, min(self.entry.size, end * PART)
+        came = start
+
+        def transfer() -> None:
+            with open(self.staged, "r+b", buffering=0) as file:  # nobody else closes it
+
+                def take(offset: int, piece: memoryview) -> None:
+                    nonlocal came
+                    if self.is_stopped:
+                        raise StoppedError(f"{self.entry.path} is not fetched any more")
+                    came = offset + len(piece)
+                    if came <= stop:
+                        _write_at(file.fileno(), piece, offset)
+                        loop.run_sync_soon(self._came, flight, first, end if came == stop else came // PART)
+
+                store.part(self._key, start, stop - start, etag=self._etag, take=take)
+
+        try:
+            self._room.check()
+            await self._remote.threads.read(Lane.HYDRATE, transfer)
+        except OSError as error:
+            if not is_full(error) or not await self._room.make_room(stop - start):
+                raise
+        else:
+            if came != stop:
+                raise IntegrityError(f"{self.entry.path} has other bytes in the datastore than its index says")
+
+    def _came(self, flight: trio.lowlevel.ParkingLot, first: int, end: int) -> None:
+        for part in range(first, end):
+            self._parts[part] = max(_HERE, self._parts[part])
+        flight.unpark_all()
 
     @contextmanager
-    def _flying(self, parts: Iterable[int]) -> Iterator[None]:
-        flight = trio.Event()
+    def _flying(self, parts: range) -> Iterator[trio.lowlevel.ParkingLot]:
+        flight = trio.lowlevel.ParkingLot()
         self._flights.update(dict.fromkeys(parts, flight))
         try:
-            yield
+            yield flight
         finally:
             for part in parts:
                 del self._flights[part]
-            flight.set()
+            flight.unpark_all()
 
-    async def _hash_on(self) -> None:
-        """As far as there is no gap; one at a time."""
+    async def _hash_on(self, behind: int = 0) -> None:
+        """As far as there is no gap, but for so many bytes; one at a time."""
         if self._is_hashing:
             return
         self._is_hashing = True
         try:
-            while (until := self._whole_until()) > self._hashed:
+            while (until := self._whole_until() - behind) > self._hashed:
                 end = min(until, self._hashed + _AT_A_TIME)
                 digest, start, self._hashed = self._digest, self._hashed, end
                 await self._remote.threads.write(Lane.DISK, _hash_range, digest, self.fd, start, end)
@@ -360,7 +396,7 @@ def _hash_range(digest: Any, fd: int, start: int, end: int) -> None:
             start += got
 
 
-def _write_at(fd: int, body: bytes, offset: int) -> None:
+def _write_at(fd: int, body: bytes | memoryview, offset: int) -> None:
     view = memoryview(body)
     while view:
         done = os.pwrite(fd, view, offset)

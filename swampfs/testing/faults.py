@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TypeVar
 
 from swampfs.errors import StoreUnreachableError
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, ObjectStore, Precondition, Take
 
 T = TypeVar("T")
 
@@ -59,8 +59,8 @@ class FaultyStore:
     def download(self, key: str, target: str) -> ObjectInfo:
         return self._run("download", key, lambda: self._inner.download(key, target))
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
-        return self._run("part", key, lambda: self._inner.part(key, offset, size, etag=etag))
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
+        return self._run("part", key, lambda: self._inner.part(key, offset, size, etag=etag, take=take))
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         return self._run("put", key, lambda: self._inner.put(key, body, when))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from swampfs.errors import AbsentError, PreconditionError
-from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition
+from swampfs.provider import ALWAYS, Blob, ObjectInfo, Precondition, Take
 from swampfs.records import timestamp
 
 
@@ -41,12 +41,12 @@ class MemoryStore:
             file.write(body)
         return info
 
-    def part(self, key: str, offset: int, size: int, *, etag: str = "") -> Blob:
+    def part(self, key: str, offset: int, size: int, *, etag: str = "", take: Take | None = None) -> Blob:
         with self._lock:
             body, info = self._found(key)
         if etag and etag != info.etag:
             raise PreconditionError(f"{self.name}/{key} is another version")
-        return Blob(body[offset : offset + size], info)
+        return Blob(body[offset : offset + size], info).given(offset, take)
 
     def put(self, key: str, body: bytes | str, when: Precondition = ALWAYS) -> ObjectInfo:
         if isinstance(body, str):

@@ -10,6 +10,7 @@ Subclass it, name it ``Test…``, and give it a fixture ``store`` that yields an
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 
@@ -68,6 +69,27 @@ class ObjectStoreSuite:
         store.put("parts", body[::-1])
         with pytest.raises(PreconditionError):
             store.part("parts", 0, 10, etag=first.etag)
+
+    def test_a_part_is_given_away_as_it_comes(self, store: ObjectStore) -> None:
+        body = bytes(range(256)) * 10_000
+        etag = store.put("given", body).etag
+        for offset, size in ((0, len(body)), (1000, 2_000_000), (len(body) - 5, 100)):
+            came = bytearray()
+
+            def take(at: int, piece: memoryview, *, offset: int = offset, came: bytearray = came) -> None:
+                assert at == offset + len(came), "in order"
+                came += piece
+
+            part = store.part("given", offset, size, etag=etag, take=take)
+            assert (bytes(came), part.body) == (body[offset : offset + size], b"")
+            assert part.info.etag == etag
+
+        def refuse(at: int, piece: memoryview) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        with pytest.raises(OSError, match="full"):
+            store.part("given", 0, 10, etag=etag, take=refuse)
+        assert store.part("given", 0, 10, etag=etag).body == body[:10]
 
     def test_absence_is_a_definite_answer(self, store: ObjectStore, tmp_path: Path) -> None:
         for call in (

@@ -86,13 +86,23 @@ class AppendsDownloads(MemoryStore):
 
 
 class PartsOfAnyVersion(MemoryStore):
-    def part(self, key, offset, size, *, etag=""):
-        return super().part(key, offset, size)
+    def part(self, key, offset, size, *, etag="", take=None):
+        return super().part(key, offset, size, take=take)
 
 
 class PartsAreTheWhole(MemoryStore):
-    def part(self, key, offset, size, *, etag=""):
-        return super().part(key, 0, 1 << 30, etag=etag)
+    def part(self, key, offset, size, *, etag="", take=None):
+        return super().part(key, 0, 1 << 30, etag=etag, take=take)
+
+
+class PartsAreNotGiven(MemoryStore):
+    def part(self, key, offset, size, *, etag="", take=None):
+        return super().part(key, offset, size, etag=etag)
+
+
+class PartsAreGivenFromZero(MemoryStore):
+    def part(self, key, offset, size, *, etag="", take=None):
+        return super().part(key, offset, size, etag=etag).given(0, take)
 
 
 class InventsAbsent(MemoryStore):
@@ -175,8 +185,9 @@ class RacesOnCreate(MemoryStore):
 MUTANTS = [
     IgnoresAbsent, IgnoresEtagOnPut, CreatesWithAnEtag, IgnoresEtagOnDelete, DeletesNothing, MissesMissingOnDelete,
     ForgetsUnless, AlwaysUnchanged, TruncatesBodies, TruncatesDownloads, AppendsDownloads, PartsOfAnyVersion,
-    PartsAreTheWhole, InventsAbsent, CallsAbsenceAnError, WrongSize, WrongEtag, NoTimes, FirstPageOnly,
-    UnorderedListing, IgnoresPrefix, ListsWithoutEtags, ForgetsPaths, NormalisesKeys, NeverThere, RacesOnCreate,
+    PartsAreTheWhole, PartsAreNotGiven, PartsAreGivenFromZero, InventsAbsent, CallsAbsenceAnError, WrongSize, WrongEtag,
+    NoTimes, FirstPageOnly, UnorderedListing, IgnoresPrefix, ListsWithoutEtags, ForgetsPaths, NormalisesKeys,
+    NeverThere, RacesOnCreate,
 ]  # fmt: skip
 
 

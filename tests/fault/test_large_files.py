@@ -21,7 +21,7 @@ from swampfs.errors import AccessDeniedError, FileError, IntegrityError, StoreUn
 from swampfs.provider import Blob
 from swampfs.records import Residency, timestamp
 from swampfs.sync import hydrate, incoming
-from swampfs.sync.incoming import PART
+from swampfs.sync.incoming import PART, StoppedError
 from swampfs.testing.memory import MemoryStore
 from tests.datastores import load_shards
 from tests.engine import Store, machine
@@ -41,10 +41,10 @@ class Counting(MemoryStore):
         self.asked = []
         self.downloads = 0
 
-    def part(self, key, offset, size, *, etag=""):
+    def part(self, key, offset, size, *, etag="", take=None):
         self.asked.append((offset, size))
         blob = super().part(key, offset, size, etag=etag)
-        return Blob(self.change(blob.body), blob.info)
+        return Blob(self.change(blob.body), blob.info).given(offset, take)
 
     def download(self, key, target):
         self.downloads += 1
@@ -167,9 +167,9 @@ def test_who_is_read_ahead_for_by_several_requests_is_seen_to_read_in_order(tmp_
     answers = threading.Event()
 
     class Slow(Counting):
-        def part(self, key, offset, size, *, etag=""):
+        def part(self, key, offset, size, *, etag="", take=None):
             assert offset == 0 or answers.wait(30)
-            return super().part(key, offset, size, etag=etag)
+            return super().part(key, offset, size, etag=etag, take=take)
 
     async def main(node):
         number = await open_it(node)
@@ -333,6 +333,167 @@ def test_when_the_last_reader_leaves_the_rest_is_not_fetched(tmp_path, monkeypat
         assert residency(node) is Residency.STUB
         assert not node.sync.hydrator.failures, "nobody was refused anything"
         assert os.listdir(tmp_path / "a/staging") == []
+        await node.sync.hydrate_file(NAME)
+        assert residency(node) is Residency.CLEAN
+
+    run(tmp_path, store, main)
+
+
+class Dripping(Counting):
+    """Gives a run away in pieces of two parts; ``drip`` is called before each."""
+
+    def __init__(self, drip):
+        super().__init__()
+        self.drip = drip
+
+    def part(self, key, offset, size, *, etag="", take=None):
+        blob = super().part(key, offset, size, etag=etag)
+        if take is None:
+            return blob
+        for at in range(0, size, 2 * PART):
+            self.drip(offset + at)
+            take(offset + at, memoryview(blob.body[at : at + 2 * PART]))
+        return Blob(b"", blob.info)
+
+
+async def in_order(node, number, parts):
+    for part in range(parts):
+        await read(node, number, part * PART, 10)
+
+
+def test_a_part_is_given_out_before_the_rest_of_its_request_has_come(tmp_path):
+    rest = threading.Event()
+    store = filled(Dripping(lambda offset: offset < 2 * RUN or offset % RUN < 2 * PART or rest.wait(30)))
+
+    async def main(node):
+        number = await open_it(node)
+        await in_order(node, number, 3)
+        with trio.fail_after(10):
+            assert await read(node, number, 3 * RUN + PART, 10) == BODY[3 * RUN + PART :][:10]
+        assert residency(node) is Residency.STUB
+        rest.set()
+        assert await read_all(node, number) == BODY
+        node.fs.files.release(number)
+
+    run(tmp_path, store, main)
+
+
+def test_who_begins_anew_is_not_disturbed_by_what_was_given_up(tmp_path, monkeypatch):
+    """A thread that waits for the network cannot be stopped, and may get its bytes when all is done."""
+    held, late, ended = threading.Event(), threading.Event(), threading.Event()
+    written = []
+    write_at = incoming._write_at
+
+    class Stalling(Dripping):
+        def part(self, key, offset, size, **more):
+            try:
+                return super().part(key, offset, size, **more)
+            except StoppedError:
+                ended.set()
+                raise
+
+    def stall(offset):
+        if offset == RUN:
+            held.set()
+            late.wait(30)
+
+    store = filled(Stalling(stall))
+
+    def write(fd, body, offset):
+        written.append(offset)
+        write_at(fd, body, offset)
+
+    async def main(node):
+        number = await open_it(node)
+        await in_order(node, number, 3)
+        assert await trio.to_thread.run_sync(held.wait, 30)
+        node.fs.files.release(number)  # and nobody wants it
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        store.drip = lambda _: None
+        await node.sync.hydrate_file(NAME)
+        monkeypatch.setattr(incoming, "_write_at", write)
+        late.set()
+        assert await trio.to_thread.run_sync(ended.wait, 30)
+        assert written == []
+        assert (tmp_path / "a/files" / NAME).read_bytes() == BODY
+
+    run(tmp_path, store, main)
+
+
+def test_who_opens_what_was_just_given_up_has_one_of_its_own(tmp_path):
+    store = filled(Counting())
+
+    async def main(node):
+        numbers = [await open_it(node)]
+        given_up = node.fs.files.handles[numbers[0]].coming
+        given_up.stop()
+        numbers.append(await open_it(node))
+        assert node.fs.files.handles[numbers[1]].coming is not given_up
+        for number in numbers:
+            assert await read_all(node, number) == BODY
+            node.fs.files.release(number)
+
+    run(tmp_path, store, main)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_what_it_refused(tmp_path, monkeypatch):
+    write_at, full = incoming._write_at, [OSError(errno.ENOSPC, "full") for _ in range(3)]
+    made = []
+    store = filled(Dripping(lambda _: None))
+
+    def write(fd, body, offset):
+        if full and offset >= 2 * RUN:
+            raise full.pop()
+        write_at(fd, body, offset)
+
+    async def make_room(size):
+        made.append(size)
+        return True
+
+    async def main(node):
+        monkeypatch.setattr(incoming, "_write_at", write)
+        monkeypatch.setattr(node.sync.hydrator.room, "make_room", make_room)
+        await node.sync.hydrate_file(NAME)
+        assert (tmp_path / "a/files" / NAME).read_bytes() == BODY
+        assert len(made) == 3
+        assert sum(size for _, size in store.asked) <= len(BODY) + 3 * RUN
+
+    run(tmp_path, store, main)
+
+
+@pytest.mark.parametrize("size", [-1, 1])
+def test_a_request_that_gives_more_or_less_than_it_was_asked_for_is_refused(tmp_path, size):
+    class Wrong(Counting):
+        def part(self, key, offset, asked, *, etag="", take=None):
+            blob = super().part(key, offset, asked + size if take else asked, etag=etag)
+            return blob.given(offset, take)
+
+    async def main(node):
+        with pytest.raises(IntegrityError, match="other bytes"):
+            await node.sync.hydrate_file(NAME)
+        assert residency(node) is Residency.STUB
+
+    run(tmp_path, filled(Wrong()), main)
+
+
+def test_who_reads_does_not_wait_for_the_hash(tmp_path, monkeypatch):
+    hashed = []
+    hash_range = incoming._hash_range
+    monkeypatch.setattr(incoming, "_BEHIND", RUN)
+    monkeypatch.setattr(incoming, "_hash_range", lambda *args: (hashed.append(args[2:]), hash_range(*args)))
+    gate = threading.Event()
+    store = filled(Dripping(lambda offset: offset < len(BODY) - 2 * PART or gate.wait(30)))
+
+    async def main(node):
+        number = await open_it(node)
+        await in_order(node, number, 3)
+        await read(node, number, 4 * RUN, 10)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        behind = 5 * RUN - (hashed[-1][1] if hashed else 0)
+        assert behind >= RUN, "nor is it further behind than that"
+        gate.set()
+        assert await read_all(node, number) == BODY
+        node.fs.files.release(number)
         await node.sync.hydrate_file(NAME)
         assert residency(node) is Residency.CLEAN
 
@@ -516,8 +677,8 @@ def test_two_opens_at_once_agree_on_one_version(tmp_path):
     gate = threading.Event()
     real = store.part
 
-    def slow_first(key, offset, size, *, etag=""):
-        blob = real(key, offset, size, etag=etag)
+    def slow_first(key, offset, size, *, etag="", take=None):
+        blob = real(key, offset, size, etag=etag, take=take)
         if not etag:
             gate.wait(5)
         return blob
