@@ -55,6 +55,7 @@ class Writeback:
         self._due: dict[Group, float] = {}
         self._first: dict[Group, float] = {}
         self._wake = trio.Event()
+        self._awake_at = float("inf")  # when the task looks at what there is, unless it is woken
         self._round_done = trio.Event()
         self._backoff = _FIRST_BACKOFF_S
         self.last_error: str | None = None
@@ -74,8 +75,9 @@ class Writeback:
         now = time.monotonic()
         group = lease_path(path)
         first = self._first.setdefault(group, now)
-        self._due[group] = min(now + self._delay_s, first + self._delay_s * _LONGEST_DEBOUNCE)
-        self._wake.set()
+        due = self._due[group] = min(now + self._delay_s, first + self._delay_s * _LONGEST_DEBOUNCE)
+        if min(due, self._quiet_at(due)) < self._awake_at:
+            self._wake.set()  # otherwise it looks soon enough: each file of a burst would wake it
 
     def touch_all(self) -> None:
         """Everything in the journal is due: after a replay."""
@@ -217,7 +219,7 @@ class Writeback:
             self._let_go()
             if self._due and min(self._due.values()) <= now:
                 return
-            self._wake = trio.Event()
+            self._wake, self._awake_at = trio.Event(), float("inf")
             try:
                 quiet_s = await self._go_ahead()
             except Exception:  # it was a favour; the push says what is wrong
@@ -227,6 +229,7 @@ class Writeback:
             pause = max(0.0, min(pause, quiet_s))
             if self._held:
                 pause = min(pause, _LOOK_S)
+            self._awake_at = time.monotonic() + pause
             with trio.move_on_after(pause):
                 await self._wake.wait()
 
@@ -248,6 +251,10 @@ class Writeback:
                 self._due[group], self._ahead[group] = due, _Going(due, [], [])
         return 0.0 if quiet else quiet_s
 
+    def _quiet_at(self, due: float) -> float:
+        """When a group that is due then may go ahead."""
+        return max(due - self._delay_s + _QUIET_S, due - _SURELY_S)
+
     def _is_any_due(self) -> bool:
         """Whether somebody waits for a push: to go ahead can wait."""
         return min(self._due.values(), default=float("inf")) <= time.monotonic()
@@ -259,7 +266,7 @@ class Writeback:
         if self.last_error is not None or len(self._sync.journal) > _MOST_AHEAD:
             return quiet, quiet_s
         for group, due in self._due.items():
-            at = max(due - self._delay_s + _QUIET_S, due - _SURELY_S)
+            at = self._quiet_at(due)
             going = self._ahead.get(group)
             if at > now:
                 quiet_s = min(quiet_s, at - now)

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from tests import seaweed
@@ -195,3 +196,13 @@ class Bindfs(Peer):
 
 
 ALL = (Swampfs, Rclone, Juicefs, S3fs)
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """What was measured, by its own words."""
+    said = {Swampfs.name: version("swampfs")}
+    for kind in ALL[1:]:
+        if kind.name in names:
+            done = subprocess.run([str(tool(kind.program)), "--version"], capture_output=True, text=True, check=True)
+            said[kind.name] = done.stdout.splitlines()[0]
+    return said

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 OURS = "swampfs"
+LONGEST_S = 300.0
+"""Who takes longer is not waited for."""
 YARDSTICKS = ("native", "bindfs", "writeback")  # not peers: no datastore behind them, or ourselves
 _COLOURS = {
     OURS: "#1f6f5c",
@@ -23,6 +25,10 @@ _COLOURS = {
 }
 
 
+def _seconds(found: float) -> str:
+    return f"over {LONGEST_S:.0f} s" if found >= LONGEST_S else f"{found:.2f} s"
+
+
 class Report:
     """Seconds by row, by file system; the best peer is 1."""
 
@@ -33,6 +39,10 @@ class Report:
     def add(self, row: str, name: str, seconds: float) -> None:
         self.rows.setdefault(row, {}).setdefault(name, []).append(seconds)
         print(f"  {row:44} {name:9} {seconds:9.3f} s", flush=True)
+
+    def longest(self, row: str, name: str) -> float:
+        """So far; 0 if there is none yet."""
+        return max(self.rows.get(row, {}).get(name, ()), default=0.0)
 
     def medians(self, row: str) -> dict[str, float]:
         return {name: statistics.median(found) for name, found in self.rows[row].items()}
@@ -49,7 +59,7 @@ class Report:
         for row in self.rows:
             found = self.medians(row)
             ratio = self.ratio(row)
-            cells = [f"{found[name]:.2f} s" if name in found else "" for name in names]
+            cells = [_seconds(found[name]) if name in found else "" for name in names]
             lines.append(f"| {row} | {' | '.join(cells)} | {f'{ratio:.1f} ×' if ratio else ''} |")
         return "\n".join(lines)
 
@@ -95,7 +105,9 @@ def _chart(reports: list[Report]) -> str:
                 width = max(1.0, 420 * seconds / slowest)
                 colour = _COLOURS.get(name, "#444")
                 parts.append(f'<rect x="330" y="{y}" width="{width:.1f}" height="12" fill="{colour}"/>')
-                parts.append(f'<text x="{336 + width:.0f}" y="{y + 10}" font-size="10">{name} {seconds:.2f} s</text>')
+                parts.append(
+                    f'<text x="{336 + width:.0f}" y="{y + 10}" font-size="10">{name} {_seconds(seconds)}</text>'
+                )
                 y += 14
             y += 6
     body = "\n".join(parts)

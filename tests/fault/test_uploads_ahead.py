@@ -345,6 +345,29 @@ def test_who_writes_elsewhere_does_not_make_it_start_again():
     assert sorted(path for path in sync.offered if path in mine) == sorted(mine), "each of them once"
 
 
+def test_a_burst_does_not_wake_the_task_for_each_of_its_changes(monkeypatch):
+    monkeypatch.setattr("swampfs.fs.writeback.time", SimpleNamespace(monotonic=trio.current_time))
+    sync = Sync(groups=2, files=500)
+    writeback = Writeback(sync, 2.0)
+    woken, quiet = [], writeback._quiet
+    monkeypatch.setattr(writeback, "_quiet", lambda now: (woken.append(now), quiet(now))[1])
+
+    async def main():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writeback._sleep_until_due)
+            await trio.testing.wait_all_tasks_blocked()
+            began = trio.current_time()
+            for path in sync.journal:
+                writeback.touch(RelPath(path))
+                await trio.sleep(0.001)
+            assert 2 < len(woken) <= 10, "now and then it looks"
+        return trio.current_time() - began
+
+    took_s = trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert sorted(sync.offered) == sorted(sync.journal)
+    assert took_s == pytest.approx(0.5 + 2.0, abs=0.1), "the first group is due two seconds after its last change"
+
+
 def test_what_goes_ahead_makes_way_for_a_push_that_is_due():
     sync = Sync(groups=1, files=4000)
 
