@@ -72,9 +72,12 @@ class Connection(io.RawIOBase):
         self._allowed_s = -1.0  # for one call; to say so again is a system call for each record of TLS
         self._unsent = 0  # bytes, as of the last look
         self._is_drained = False  # the reader has nothing of this answer any more
+        self._is_aside = False
 
     def silent_s(self) -> float:
         """For how long nothing has come, nor gone: what we sent may take a while to leave."""
+        if self._is_aside:
+            return 0.0
         with contextlib.suppress(OSError, ValueError):  # closed just now
             waiting = int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
             if waiting != self._unsent:
@@ -91,6 +94,19 @@ class Connection(io.RawIOBase):
         """What comes from now on answers one request."""
         self._give_up_at = time.monotonic() + self._timeout_s
         self._is_drained = False
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What came is put somewhere, which may fail, too; and a slow disk is not a silent network."""
+        began, self._is_aside = time.monotonic(), True
+        try:
+            yield
+        except OSError as error:
+            raise SinkFailed from error
+        finally:
+            self.heard_at = time.monotonic()
+            self._give_up_at += self.heard_at - began
+            self._is_aside = False
 
     def readable(self) -> bool:
         return True
@@ -179,7 +195,7 @@ def to_file(sink: BinaryIO) -> Reading:
 
     def read(connection: Connection, headers: Mapping[str, str]) -> bytes:
         for piece in _pieces(connection.reader, headers):
-            with _its_own_fault(connection):
+            with connection.set_aside():
                 sink.write(piece)
         return b""
 
@@ -193,14 +209,11 @@ def to_taker(offset: int, take: Take) -> Reading:
     """
 
     def read(connection: Connection, headers: Mapping[str, str]) -> bytes:
-        if not headers.get("content-range", "").startswith(f"bytes {offset}-") or "transfer-encoding" in headers:
+        if not headers.get("content-range", "").startswith(f"bytes {offset}-"):
             return whole_body(connection, headers)  # not what was asked for
-        size, done = int(headers.get("content-length", "")), 0
-        buffer = memoryview(bytearray(min(size, _PIECE)))
-        while done < size:
-            piece = buffer[: size - done]
-            connection.fill(piece)
-            with _its_own_fault(connection):
+        done = 0
+        for piece in _large_pieces(connection, headers):
+            with connection.set_aside():
                 take(offset + done, piece)
             done += len(piece)
         return b""
@@ -208,14 +221,18 @@ def to_taker(offset: int, take: Take) -> Reading:
     return read
 
 
-@contextlib.contextmanager
-def _its_own_fault(connection: Connection) -> Iterator[None]:
-    """Where bytes go to may fail too, and a slow disk is not a silent network."""
-    try:
-        yield
-    except OSError as error:
-        raise SinkFailed from error
-    connection.heard_at = time.monotonic()
+def _large_pieces(connection: Connection, headers: Mapping[str, str]) -> Iterator[memoryview]:
+    """Each is gone when the next one is asked for."""
+    if "transfer-encoding" in headers or "content-length" not in headers:
+        yield from (memoryview(piece) for piece in _pieces(connection.reader, headers))
+        return
+    left = int(headers["content-length"])
+    buffer = memoryview(bytearray(min(left, _PIECE)))
+    while left > 0:
+        piece = buffer[:left]
+        connection.fill(piece)
+        left -= len(piece)
+        yield piece
 
 
 def _pieces(reader: io.BufferedReader, headers: Mapping[str, str]) -> Iterator[bytes]:

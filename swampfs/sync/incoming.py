@@ -148,9 +148,12 @@ class Incoming:
     async def wait_for(self, offset: int, size: int) -> None:
         """Return when a range may be given out. Raises what keeps it from being so."""
         touched = _touched(offset, size, len(self._parts))
-        failed = await for_each(touched, self._wait_for, at_once=len(touched) or 1)
-        if failed:
-            raise failed[0]
+        while not self.is_here(offset, size):  # while one is waited for, all may turn out to be wrong, and come again
+            failed = await for_each(touched, self._wait_for, at_once=len(touched) or 1)
+            if failed:
+                raise failed[0]
+            if self.problem is not None:
+                raise self.problem
 
     @property
     def _need(self) -> int:
@@ -227,7 +230,7 @@ class Incoming:
         store, key = self._remote.store, self._key
         blob = await self._remote.threads.read(Lane.HYDRATE, lambda: store.part(key, offset, size, etag=self._etag))
         if len(blob.body) != size:
-            raise IntegrityError(f"{self.entry.path} has other bytes in the datastore than its index says")
+            raise IntegrityError(self._other_bytes)
         return blob
 
     async def _write(self, part: int, body: bytes, level: int) -> None:
@@ -316,18 +319,21 @@ class Incoming:
         """Fetch parts by one request; each is here as soon as it has come. If the disk is full, only some may be."""
         loop = trio.lowlevel.current_trio_token()
         store, start, stop = self._remote.store, first * PART, min(self.entry.size, end * PART)
-        came = start
+        came = written = start
 
         def transfer() -> None:
             with open(self.staged, "r+b", buffering=0) as file:  # nobody else closes it
 
                 def take(offset: int, piece: memoryview) -> None:
-                    nonlocal came
+                    nonlocal came, written
                     if self.is_stopped:
                         raise StoppedError(f"{self.entry.path} is not fetched any more")
                     came = offset + len(piece)
-                    if came <= stop:
-                        _write_at(file.fileno(), piece, offset)
+                    if came > stop:
+                        raise IntegrityError(self._other_bytes)
+                    if came > written:  # again from the first, if the request is repeated: what is here may be hashed
+                        _write_at(file.fileno(), piece[max(0, written - offset) :], max(written, offset))
+                        written = came
                         loop.run_sync_soon(self._came, flight, first, end if came == stop else came // PART)
 
                 store.part(self._key, start, stop - start, etag=self._etag, take=take)
@@ -340,7 +346,11 @@ class Incoming:
                 raise
         else:
             if came != stop:
-                raise IntegrityError(f"{self.entry.path} has other bytes in the datastore than its index says")
+                raise IntegrityError(self._other_bytes)
+
+    @property
+    def _other_bytes(self) -> str:
+        return f"{self.entry.path} has other bytes in the datastore than its index says"
 
     def _came(self, flight: trio.lowlevel.ParkingLot, first: int, end: int) -> None:
         for part in range(first, end):

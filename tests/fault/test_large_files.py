@@ -476,6 +476,59 @@ def test_a_request_that_gives_more_or_less_than_it_was_asked_for_is_refused(tmp_
     run(tmp_path, filled(Wrong()), main)
 
 
+def test_what_a_repeated_request_brings_again_is_not_written_again(tmp_path):
+    """It may be hashed already, and what was hashed is what is kept."""
+
+    class Breaking(Dripping):
+        def part(self, key, offset, size, *, etag="", take=None):
+            if take is None or offset != RUN:
+                return super().part(key, offset, size, etag=etag, take=take)
+            given, self.change = self.asked.count((offset, size)), self.flip
+
+            def some(at, piece):
+                if not given and at >= RUN + 6 * PART:
+                    raise StoreUnreachableError("reset")
+                take(at, piece)
+
+            return super().part(key, offset, size, etag=etag, take=some)
+
+        def flip(self, body):
+            again = self.asked.count(self.asked[-1]) > 1 and self.asked[-1][0] == RUN
+            return bytes([body[0] ^ 1]) + body[1:] if again else body
+
+    store = filled(Breaking(lambda _: None))
+
+    async def main(node):
+        await node.sync.hydrate_file(NAME)
+        assert (tmp_path / "a/files" / NAME).read_bytes() == BODY
+        assert store.asked.count((RUN, RUN)) == 2, "it was right, and not fetched as a whole again"
+
+    run(tmp_path, RetryingStore(store, attempts=3), main)
+
+
+def test_what_was_sure_when_it_was_waited_for_is_looked_at_again(tmp_path, monkeypatch):
+    """A second round, because the hash of the first was wrong, may bring something else meanwhile."""
+    store = filled(Counting(authenticated=False))
+    wait_for, lowered = incoming.Incoming._wait_for, []
+
+    async def waiting(coming, part):
+        await wait_for(coming, part)
+        if part == 5 and not lowered:
+            lowered.append(part)
+            coming._parts[4] = incoming._HERE
+
+    monkeypatch.setattr(incoming.Incoming, "_wait_for", waiting)
+
+    async def main(node):
+        number = await open_it(node)
+        assert await read(node, number, 4 * PART, 2 * PART) == BODY[4 * PART : 6 * PART]
+        assert lowered
+        assert node.fs.files.handles[number].coming._parts[4] == incoming._SURE
+        node.fs.files.release(number)
+
+    run(tmp_path, store, main)
+
+
 def test_who_reads_does_not_wait_for_the_hash(tmp_path, monkeypatch):
     hashed = []
     hash_range = incoming._hash_range

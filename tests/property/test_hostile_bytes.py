@@ -104,7 +104,7 @@ class Said(Connection):
     def __init__(self, text):
         self._text = io.BytesIO(text)
         self.reader = io.BufferedReader(self)
-        self._is_drained = False
+        self._is_drained, self._give_up_at = False, 0.0
 
     def readinto(self, buffer):
         return self._text.readinto(buffer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -121,6 +122,50 @@ def wire(server: Scripted, timeout_s: float = 2.0) -> Wire:
 
 
 OK = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 4\r\n\r\nbody'
+
+
+RANGE = b'HTTP/1.1 206 Partial Content\r\nETag: "e"\r\nContent-Range: bytes 5-8/20\r\n'
+
+
+@pytest.mark.parametrize(
+    ("answer", "taken", "body"),
+    [
+        (RANGE + b"Content-Length: 4\r\n\r\nbody", b"body", b""),
+        (RANGE + b"Transfer-Encoding: chunked\r\n\r\n1\r\nb\r\n3\r\nody\r\n0\r\n\r\n", b"body", b""),
+        (RANGE + b"Connection: close\r\n\r\nbody", b"body", b""),
+        (OK, b"", b"body"),
+        (RANGE.replace(b"5-8", b"4-7") + b"Content-Length: 4\r\n\r\nbody", b"", b"body"),
+    ],
+)
+def test_a_range_is_taken_however_it_is_delimited_if_it_is_the_one_that_was_asked_for(answer, taken, body):
+    server = Scripted(answer, OK, OK)
+    client = wire(server)
+    found = bytearray()
+
+    def take(offset, piece):
+        assert offset == 5 + len(found)
+        found.extend(piece)
+
+    assert client.get_range("x", {"Range": "bytes=5-8"}, 5, take).body == body
+    assert found == taken
+    assert [client.get("x", {}).body for _ in range(2)] == [b"body", b"body"], "nothing is left on the connection"
+    server.close()
+
+
+def test_a_disk_that_is_slow_is_not_a_network_that_is_silent():
+    server = Scripted(RANGE + b"Content-Length: 4\r\n\r\nbody")
+    client = wire(server)
+    silent = []
+
+    def take(offset, piece):
+        (connection,) = client._busy
+        connection.heard_at -= 60.0  # it has been writing since
+        silent.append(client.silent_s())
+        client.end_silent(time.monotonic() - 1.0)
+
+    client.get_range("x", {}, 5, take)
+    assert silent == [0.0]
+    server.close()
 
 
 def test_a_connection_is_used_again_and_requests_are_signed():
