@@ -59,7 +59,7 @@ class Node(engine.Node):
 
 @asynccontextmanager
 async def machine(store, home):
-    async with engine.machine(store, home) as plain:
+    async with engine.machine(store, home, patience_s=10.0) as plain:
         fs = FileSystem(
             plain.sync,
             plain.fs._local,
