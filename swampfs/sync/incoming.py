@@ -39,7 +39,7 @@ _PATIENCE_S = 2.0  # for the whole to be here, before parts of it are asked for 
 _SEQUENTIAL = 2  # requests for further parts in order, after which all are wanted
 _SOON = 64 << 20  # bytes that are hashed in no time worth mentioning
 _AT_A_TIME = 16 << 20  # bytes that are hashed
-_BEHIND = 256 << 20  # bytes by which the hash may be behind, so that who reads does not wait for it
+_BEHIND = 256 << 20  # bytes by which the hash may be behind where readers do not wait for it, but for a processor
 _TOLERANCE_NS = 5_000_000_000  # between the clocks of the store and of who wrote the index
 
 _HERE, _SURE = 1, 2
@@ -313,7 +313,7 @@ class Incoming:
                     end += 1
                 with self._flying(range(first, end)) as flight:
                     await self._stream(first, end, flight)
-                await self._hash_on(behind=_BEHIND if self.readers else 0)
+                await self._hash_on(behind=_BEHIND if self.readers and self._need == _HERE else 0)
 
     async def _stream(self, first: int, end: int, flight: trio.lowlevel.ParkingLot) -> None:
         """Fetch parts by one request; each is here as soon as it has come. If the disk is full, only some may be."""

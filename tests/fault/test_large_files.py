@@ -514,6 +514,7 @@ def test_what_was_sure_when_it_was_waited_for_is_looked_at_again(tmp_path, monke
     async def waiting(coming, part):
         await wait_for(coming, part)
         if part == 5 and not lowered:
+            await wait_for(coming, 4)
             lowered.append(part)
             coming._parts[4] = incoming._HERE
 
@@ -529,13 +530,17 @@ def test_what_was_sure_when_it_was_waited_for_is_looked_at_again(tmp_path, monke
     run(tmp_path, store, main)
 
 
-def test_who_reads_does_not_wait_for_the_hash(tmp_path, monkeypatch):
+@pytest.mark.parametrize("authenticated", [True, False])
+def test_the_hash_is_behind_where_readers_do_not_wait_for_it(tmp_path, monkeypatch, authenticated):
     hashed = []
     hash_range = incoming._hash_range
     monkeypatch.setattr(incoming, "_BEHIND", RUN)
+    monkeypatch.setattr(incoming, "_PATIENCE_S", 0.05)
     monkeypatch.setattr(incoming, "_hash_range", lambda *args: (hashed.append(args[2:]), hash_range(*args)))
     gate = threading.Event()
     store = filled(Dripping(lambda offset: offset < len(BODY) - 2 * PART or gate.wait(30)))
+
+    store.authenticated = authenticated
 
     async def main(node):
         number = await open_it(node)
@@ -543,7 +548,7 @@ def test_who_reads_does_not_wait_for_the_hash(tmp_path, monkeypatch):
         await read(node, number, 4 * RUN, 10)
         await trio.testing.wait_all_tasks_blocked(0.05)
         behind = 5 * RUN - (hashed[-1][1] if hashed else 0)
-        assert behind >= RUN, "nor is it further behind than that"
+        assert (behind >= RUN) == authenticated
         gate.set()
         assert await read_all(node, number) == BODY
         node.fs.files.release(number)
