@@ -308,10 +308,10 @@ def main() -> None:
                     for _ in range(arguments.repeat):
                         measurement.near()
                 reports.append(measurement.report)
+                if arguments.output:
+                    report.write(reports, peers.versions(wanted), arguments.output)
     for found in reports:
         print(f"\n{found.table()}")
-    if arguments.output:
-        report.write(reports, peers.versions(wanted), arguments.output)
 
 
 if __name__ == "__main__":

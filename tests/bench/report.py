@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "swampfs"
-LONGEST_S = 300.0
+LONGEST_S = 180.0
 """Who takes longer is not waited for."""
 YARDSTICKS = ("native", "bindfs", "writeback")  # not peers: no datastore behind them, or ourselves
 _COLOURS = {
