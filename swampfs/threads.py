@@ -26,6 +26,7 @@ class Lane(Enum):
     """Purpose of a thread; its value is how many may run at once."""
 
     HYDRATE = ("hydrate", 32)
+    LARGE = ("large", 16)  # runs of large files: who opens a small one waits for none of them
     PUSH = ("push", 32)
     LOCK = ("lock", 8)  # its own, so that downloads never starve a heartbeat
     INDEX = ("index", 10)  # spec §6.3: shards are read ten at a time

@@ -340,7 +340,7 @@ class Incoming:
 
         try:
             self._room.check()
-            await self._remote.threads.read(Lane.HYDRATE, transfer)
+            await self._remote.threads.read(Lane.LARGE, transfer)
         except OSError as error:
             if not is_full(error) or not await self._room.make_room(stop - start):
                 raise

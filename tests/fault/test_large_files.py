@@ -634,6 +634,25 @@ def test_a_small_file_is_fetched_whole(tmp_path):
     run(tmp_path, store, main)
 
 
+def test_a_small_file_does_not_wait_for_large_ones(tmp_path):
+    gate = threading.Event()
+    store = Dripping(lambda _: gate.wait(30))
+    large, small = [f"{NAME}-{number}" for number in range(7)], "data/test/m/small/1/raw"
+    stamp = timestamp(time.time_ns())
+    load_shards(Store(store), [*((name, BODY) for name in large), (small, b"small")], stamp=stamp)
+
+    async def main(node):
+        async with trio.open_nursery() as nursery:
+            for name in large:
+                nursery.start_soon(node.sync.hydrate_file, name)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            with trio.fail_after(10):
+                assert await node.read(small) == b"small"
+            gate.set()
+
+    run(tmp_path, store, main)
+
+
 def descriptors():
     gc.collect()  # of tests before this one
     return len(os.listdir("/proc/self/fd"))
