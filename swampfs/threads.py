@@ -54,9 +54,18 @@ class Threads:
         """Whether the process ends: a thread that does several things begins no further one."""
 
     async def read(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
-        """Run something without effects; on cancellation the thread is left to finish alone."""
+        """Run something whose effects hurt nobody; on cancellation the thread is left to finish alone."""
         self.hops += 1
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiters[lane], abandon_on_cancel=True)
+
+    def slot(self, lane: Lane) -> trio.CapacityLimiter:
+        """``async with`` it: a thread of that lane is there, for :meth:`read_in_slot`."""
+        return self._limiters[lane]
+
+    async def read_in_slot(self, fn: Callable[[], T]) -> T:
+        """As :meth:`read`. A thread that is left alone does not keep its slot."""
+        self.hops += 1
+        return await trio.to_thread.run_sync(fn, limiter=self._begun, abandon_on_cancel=True)
 
     async def write(self, lane: Lane, fn: Callable[..., T], *args: object) -> T:
         """Run something with effects: once begun, its outcome is awaited whatever is cancelled, until :meth:`leave`."""

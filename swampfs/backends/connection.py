@@ -30,6 +30,7 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
+_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/", re.ASCII)
 _FIELD = re.compile(rb"<(Code|Message|RequestId)>([^<]*)</")
 
 
@@ -54,7 +55,7 @@ class Connection(io.RawIOBase):
     """A kept-alive connection. Requests on it are strictly one after the other.
 
     It is what its own reader reads from: a pause is as long as the timeout at most, and a whole answer takes no longer
-    than that plus what its bytes take at the slowest pace.
+    than that plus what its bytes take at the slowest pace, and the time in which they are put somewhere.
     """
 
     def __init__(self, address: tuple[str, int], timeout_s: float, tls: ssl.SSLContext | None) -> None:
@@ -209,13 +210,16 @@ def to_taker(offset: int, take: Take) -> Reading:
     """
 
     def read(connection: Connection, headers: Mapping[str, str]) -> bytes:
-        if not headers.get("content-range", "").startswith(f"bytes {offset}-"):
+        found = _RANGE.match(headers.get("content-range", ""))
+        if found is None or int(found[1]) != offset:
             return whole_body(connection, headers)  # not what was asked for
         done = 0
         for piece in _large_pieces(connection, headers):
             with connection.set_aside():
                 take(offset + done, piece)
             done += len(piece)
+        if done != int(found[2]) - offset + 1:
+            raise MalformedError(f"{done} bytes came, of those from {found[1]} to {found[2]}")
         return b""
 
     return read

@@ -252,7 +252,9 @@ class Writeback:
         return 0.0 if quiet else quiet_s
 
     def _quiet_at(self, due: float) -> float:
-        """When a group that is due then may go ahead."""
+        """When a group that is due then may go ahead, if anything may."""
+        if self.last_error is not None or len(self._sync.journal) > _MOST_AHEAD:
+            return float("inf")
         return max(due - self._delay_s + _QUIET_S, due - _SURELY_S)
 
     def _is_any_due(self) -> bool:

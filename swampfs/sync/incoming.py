@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import trio
 
 from swampfs.errors import AbsentError, IntegrityError, PreconditionError, SwampfsError
-from swampfs.provider import Blob
+from swampfs.provider import AbortSignal, Blob
 from swampfs.records import IndexEntry, timestamp_ns
 from swampfs.sync.parallel import for_each
 from swampfs.sync.remote import Remote
 from swampfs.sync.room import Room, is_full
-from swampfs.threads import Lane
+from swampfs.threads import Lane, abort_signal
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ class Incoming:
         self._in_order = 0
         self._began: float | None = None  # to fetch all of it
         self._fetching = trio.CancelScope()
+        self._given_up = AbortSignal()  # for the threads, so that they repeat nothing
         self.is_stopped = False
         """Threads may still write to ``staged``, so that it must not become content any more."""
         self.done = trio.Event()
@@ -255,6 +256,7 @@ class Incoming:
             if self.is_stopped:
                 raise StoppedError(f"{self.entry.path} is not fetched any more")
             self._began, self._fetching = time.monotonic(), trio.CancelScope()
+            abort_signal.set(self._given_up)
             try:
                 with self._fetching:
                     await self._fetch_and_verify()
@@ -273,6 +275,7 @@ class Incoming:
         """Do not fetch all of it any more. Who wants it has to begin anew."""
         self.is_stopped = True
         self._fetching.cancel()
+        self._given_up.abort()
 
     async def _fetch_and_verify(self) -> None:
         await self.begin()
@@ -308,12 +311,15 @@ class Incoming:
             elif first in self._flights:
                 await self._flights[first].park()
             else:
-                end = first + 1
-                while end < last and not self._parts[end] and end not in self._flights:
-                    end += 1
-                with self._flying(range(first, end)) as flight:
-                    await self._stream(first, end, flight)
+                async with self._remote.threads.slot(Lane.LARGE):  # until then, who wants a part asks for it alone
+                    end = next((part for part in range(first, last) if not self._is_missing(part)), last)
+                    if end > first:
+                        with self._flying(range(first, end)) as flight:
+                            await self._stream(first, end, flight)
                 await self._hash_on(behind=_BEHIND if self.readers and self._need == _HERE else 0)
+
+    def _is_missing(self, part: int) -> bool:
+        return not self._parts[part] and part not in self._flights
 
     async def _stream(self, first: int, end: int, flight: trio.lowlevel.ParkingLot) -> None:
         """Fetch parts by one request; each is here as soon as it has come. If the disk is full, only some may be."""
@@ -340,7 +346,7 @@ class Incoming:
 
         try:
             self._room.check()
-            await self._remote.threads.read(Lane.LARGE, transfer)
+            await self._remote.threads.read_in_slot(transfer)
         except OSError as error:
             if not is_full(error) or not await self._room.make_room(stop - start):
                 raise

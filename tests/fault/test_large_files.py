@@ -420,6 +420,30 @@ def test_who_begins_anew_is_not_disturbed_by_what_was_given_up(tmp_path, monkeyp
     run(tmp_path, store, main)
 
 
+def test_what_was_given_up_is_not_asked_for_again(tmp_path):
+    held, late = threading.Event(), threading.Event()
+
+    def fail_late(offset):
+        if offset == RUN:
+            held.set()
+            late.wait(30)
+            raise StoreUnreachableError("reset")
+
+    store = filled(Dripping(fail_late))
+
+    async def main(node):
+        number = await open_it(node)
+        await in_order(node, number, 3)
+        assert await trio.to_thread.run_sync(held.wait, 30)
+        node.fs.files.release(number)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        late.set()
+        await trio.sleep(0.3)
+        assert store.asked.count((RUN, RUN)) == 1
+
+    run(tmp_path, store, main)
+
+
 def test_who_opens_what_was_just_given_up_has_one_of_its_own(tmp_path):
     store = filled(Counting())
 
@@ -634,12 +658,12 @@ def test_a_small_file_is_fetched_whole(tmp_path):
     run(tmp_path, store, main)
 
 
-def test_a_small_file_does_not_wait_for_large_ones(tmp_path):
+def test_who_opens_a_file_does_not_wait_for_others_that_are_fetched(tmp_path):
     gate = threading.Event()
     store = Dripping(lambda _: gate.wait(30))
     large, small = [f"{NAME}-{number}" for number in range(7)], "data/test/m/small/1/raw"
     stamp = timestamp(time.time_ns())
-    load_shards(Store(store), [*((name, BODY) for name in large), (small, b"small")], stamp=stamp)
+    load_shards(Store(store), [*((name, BODY) for name in (*large, NAME)), (small, b"small")], stamp=stamp)
 
     async def main(node):
         async with trio.open_nursery() as nursery:
@@ -648,7 +672,11 @@ def test_a_small_file_does_not_wait_for_large_ones(tmp_path):
             await trio.testing.wait_all_tasks_blocked(0.1)
             with trio.fail_after(10):
                 assert await node.read(small) == b"small"
+                number = await open_it(node)
+                await in_order(node, number, 20)
+                assert node.fs.files.handles[number].coming.is_fetching
             gate.set()
+            node.fs.files.release(number)
 
     run(tmp_path, store, main)
 

@@ -126,9 +126,9 @@ def _fields(text):
 @example(b"HTTP/1.1 200 OK\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"-1\r\nabc")
 @example(b"HTTP/1.1 200 OK\r\n", b"Content-Length: 999999999999999\r\n\r\n", b"abc")
 @example(b"HTTP/1.1 200 OK\r\n", b"Content-Length: 999999\r\n\r\n", b"abc")
-@example(b"HTTP/1.1 206 OK\r\n", b"Content-Range: bytes 5-\r\n\r\n", b"abc")
-@example(b"HTTP/1.1 206 OK\r\n", b"Content-Range: bytes 5-\r\nContent-Length: 9\r\n\r\n", b"abc")
-@example(b"HTTP/1.1 206 OK\r\n", b"Content-Range: bytes 5-\r\nContent-Length: -9\r\n\r\n", b"abc")
+@example(b"HTTP/1.1 206 OK\r\n", b"Content-Range: bytes 5-7/9\r\n\r\n", b"abc")
+@example(b"HTTP/1.1 206 OK\r\n", b"Content-Range: bytes 5-2/9\r\nContent-Length: 9\r\n\r\n", b"abc")
+@example(b"HTTP/1.1 206 OK\r\n", b"Content-Range: bytes 5-7/9\r\nContent-Length: -9\r\n\r\n", b"abc")
 def test_no_http_answer_is_more_than_unanswered(head, fields, body):
     taken = []
     for read in (whole_body, to_taker(5, lambda offset, piece: taken.append((offset, bytes(piece))))):

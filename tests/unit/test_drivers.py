@@ -152,6 +152,13 @@ def test_a_range_is_taken_however_it_is_delimited_if_it_is_the_one_that_was_aske
     server.close()
 
 
+def test_a_range_that_ends_early_is_no_answer():
+    server = Scripted(RANGE + b"Connection: close\r\n\r\nbod")
+    with pytest.raises(Unanswered, match="3 bytes came"):
+        wire(server).get_range("x", {}, 5, lambda offset, piece: None)
+    server.close()
+
+
 def test_a_disk_that_is_slow_is_not_a_network_that_is_silent():
     server = Scripted(RANGE + b"Content-Length: 4\r\n\r\nbody")
     client = wire(server)
