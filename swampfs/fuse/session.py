@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import tempfile
@@ -25,6 +26,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _IN_USE_S = 0.02
+_NOBODY_WAITS = {os.strerror(code) for code in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)}
 _MAX_TASKS = 256  # handlers at once; far above the cold opens a shell causes
 
 
@@ -37,6 +39,7 @@ def mount(operations: pyfuse3.Operations, settings: MountSettings) -> int:
         raise MountError("there is no /dev/fuse", remedy="install fuse3, or load the kernel's fuse module")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MountError("/dev/fuse may not be opened by this user", remedy="mount as root, or `chmod 666 /dev/fuse`")
+    logging.getLogger(pyfuse3.__name__).addFilter(_is_news)
     options = set(pyfuse3.default_options)
     name = settings.source.url.replace(",", "%2C")  # a comma ends a mount option
     options |= {f"fsname={name}", "subtype=swampfs", "default_permissions", *settings.kernel_options}
@@ -60,6 +63,12 @@ def mount(operations: pyfuse3.Operations, settings: MountSettings) -> int:
                 f"{settings.mountpoint} could not be mounted: {reason}", remedy="check that fuse3 is installed"
             ) from None
     return max(_devices() - before, default=-1)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that nobody waits for an answer any more, as happens at an unmount; pyfuse3 calls it an error."""
+    is_unheard = "fuse_reply_* failed" in str(record.msg) and isinstance(record.args, tuple)
+    return not is_unheard or not _NOBODY_WAITS.intersection(map(str, record.args or ()))
 
 
 def _devices() -> set[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
+import pytest
 import trio
 import trio.testing
 
-from swampfs.fuse.session import Invalidator
+from swampfs.fuse.session import Invalidator, _is_news
 from swampfs.records import TreeChange
 from swampfs.threads import Threads
 
@@ -32,3 +34,16 @@ def test_who_waits_until_the_kernel_was_told_is_woken_though_more_comes_meanwhil
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("said", "why", "is_news"),
+    [
+        ("fuse_release(): fuse_reply_* failed with %s", "No such file or directory", False),
+        ("fuse_read(): fuse_reply_* failed with %s", "Invalid argument", True),
+        ("No such file or directory", None, True),
+    ],
+)
+def test_that_nobody_waits_for_an_answer_is_no_news(said, why, is_news):
+    record = logging.makeLogRecord({"msg": said, "args": () if why is None else (why,), "name": "pyfuse3"})
+    assert _is_news(record) == is_news
