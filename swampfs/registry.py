@@ -59,14 +59,22 @@ def forget_dead(env: Mapping[str, str]) -> None:
     """Remove the records of mounts whose process is gone and that nothing is mounted by any more."""
     for registration in registrations(env):
         try:
-            os.kill(registration.pid, 0)
-        except ProcessLookupError:
-            if not os.path.ismount(registration.mountpoint):
-                record = run_dir(env) / f"{_digest(Path(registration.mountpoint))}.json"
-                record.unlink(missing_ok=True)
-                Path(registration.socket).unlink(missing_ok=True)
+            is_dead = has_ended(registration.pid) and not os.path.ismount(registration.mountpoint)
         except PermissionError:
             continue  # somebody else's process has the number now
+        if is_dead:
+            record = run_dir(env) / f"{_digest(Path(registration.mountpoint))}.json"
+            record.unlink(missing_ok=True)
+            Path(registration.socket).unlink(missing_ok=True)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is no such process, or nobody has asked yet how it ended. Raises PermissionError."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return True
 
 
 def registrations(env: Mapping[str, str]) -> list[Registration]:

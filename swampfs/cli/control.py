@@ -106,13 +106,9 @@ def _wait_for_exit(pid: int) -> None:
     until = time.monotonic() + _EXIT_S
     while time.monotonic() < until:
         try:
-            os.kill(pid, 0)
-            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except (ProcessLookupError, FileNotFoundError):
-            return
+            if registry.has_ended(pid):
+                return
         except PermissionError:
-            return
-        if state == "Z":
             return
         time.sleep(0.02)
     raise SwampfsError(f"unmounted, but process {pid} has not ended yet")
