@@ -183,6 +183,7 @@ def _read_headers(reader: io.BufferedReader) -> dict[str, str]:
 
 
 def whole_body(connection: Connection, headers: Mapping[str, str]) -> bytes:
+    """The body is the answer's. Raises ValueError, OSError."""
     size = int(headers.get("content-length", "0"))
     if not CHUNK < size <= _IN_ONE_PIECE or "transfer-encoding" in headers:
         return b"".join(_pieces(connection.reader, headers))

@@ -1,9 +1,9 @@
-"""Small S3 requests with our own SigV4 over plain sockets: the hot path of hydration and push.
+"""S3 requests with our own SigV4 over plain sockets: the hot path of hydration and push.
 
 boto3 spends 1.4 ms of CPU per small request and tops out near 650 a second; ``http.client`` 0.3 ms, mostly on parsing
-headers as mail; this 0.15 ms (measured with SeaweedFS, ``docs/performance.md``). Everything else — large bodies,
-credentials, redirects — stays with boto3, which also tells this module where to send and with what to sign. No retries
-here: :mod:`swampfs.backends.retry` decides.
+headers as mail; this 0.15 ms (measured with SeaweedFS, ``docs/performance.md``). Everything else —
+credentials, proxies, redirects — stays with boto3, which also tells this module where to send and with what to sign. No
+retries here: :mod:`swampfs.backends.retry` decides. Answers are read by :mod:`swampfs.backends.connection`.
 """
 
 from __future__ import annotations

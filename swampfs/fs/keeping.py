@@ -20,7 +20,7 @@ from swampfs.sync.service import SyncService
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 12  # with what is fetched ahead, less than there are threads: a demanded file finds one
+_AT_ONCE = 12  # with what is fetched ahead, less than there are threads for small files: a demanded one finds one
 _PIN = "pin"
 _TOLD = 20  # failures, by name
 

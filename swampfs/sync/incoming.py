@@ -256,7 +256,7 @@ class Incoming:
             if self.is_stopped:
                 raise StoppedError(f"{self.entry.path} is not fetched any more")
             self._began, self._fetching = time.monotonic(), trio.CancelScope()
-            abort_signal.set(self._given_up)
+            before = abort_signal.set(self._given_up)
             try:
                 with self._fetching:
                     await self._fetch_and_verify()
@@ -266,6 +266,7 @@ class Incoming:
                 self.done.set()
             finally:
                 self._began = None
+                abort_signal.reset(before)  # what the task does after it is not given up with it
             if not self.done.is_set():
                 raise StoppedError(f"{self.entry.path} is not fetched any more: nobody reads it")
         if self.problem is not None:
